@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from dockerproxy.cache.access import Access
+from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import UpstreamPrincipal
@@ -72,12 +72,17 @@ class Companions:
             raise ManifestUnknown(f"{principal.repository.registry} had no {tag}, and cannot be asked now: {outage}")
 
     def record_referrers(self, principal: UpstreamPrincipal, subject: Digest, index: bytes) -> None:
-        """Remember `index`, all referrers of `subject`, if that is a manifest in the cache."""
-        key = principal.repository.key
+        """Remember `index`, all referrers of `subject`, if that is a manifest in the cache.
+
+        The answer to a client without access counts for nothing, because it may hide that there is anything.
+        """
+        key, public = principal.repository.key, principal.identity == PUBLIC
+        if self._access.state(key, principal.identity, public=public) is AccessState.UNKNOWN:
+            return
         if len(index) > _MAX_REFERRERS:
             try_remove(self._records, REFERRERS, key, str(subject))
         elif self._links.has_manifest(key, subject):
-            value = {"public": principal.identity == PUBLIC, "index": index.decode("utf-8", "surrogateescape")}
+            value = {"public": public, "index": index.decode("utf-8", "surrogateescape")}
             if self._records.get(REFERRERS, key, str(subject)) != value:
                 try_put(self._records, value, REFERRERS, key, str(subject))
 

@@ -325,39 +325,46 @@ class CachedRegistry:
         credential = self.credential if is_shared else Anonymous()
         principal = self._principal(name, credential)
         try:
-            response = await self._request(
-                "GET", path, name=name, credential=credential, headers=Headers([("accept", OCI_INDEX)])
-            )
-            if response.status not in (200, 404):
-                raise await error_from_response(self.registry, response)
+            return await self._ask_referrers(principal, subject, query, path)
         except RegistryError as error:
             stale = self.cache.companions.stale_referrers(principal, subject, error) if is_outage(error) else None
             if stale is None or query.last is not None:
                 raise
-            if query.artifact_type is None:
-                return ReferrersIndex(stale, False, "STALE")
-            return ReferrersIndex(await self._filter_referrers(stale, query.artifact_type), True, "STALE")
+        return await self._filtered_referrers(stale, query, "STALE")
+
+    async def _ask_referrers(
+        self, principal: UpstreamPrincipal, subject: Digest, query: ReferrersQuery, path: str
+    ) -> ReferrersIndex:
+        repository, headers = principal.repository, Headers([("accept", OCI_INDEX)])
+        response = await self._request(
+            "GET", path, name=repository.name, credential=repository.credential, headers=headers
+        )
         if response.status == 200:
             filtered = "artifactType" in (response.headers.get("oci-filters-applied") or "")
             content = await response.read_all(MAX_MANIFEST)
             await self._filter_referrers(content, "")
-            if not filtered and query.last is None and response.headers.get("link") is None:
+            if not filtered and query.is_for_all and response.headers.get("link") is None:
                 self.cache.companions.record_referrers(principal, subject, content)
             return ReferrersIndex(content, filtered, "PASS")
-        await response.discard()
+        if response.status != 404:
+            raise await error_from_response(self.registry, response)
+        await response.discard()  # perhaps the page of a server without the API; the tag decides
         try:
-            manifest = await self.manifest(name, fallback_tag(subject), [OCI_INDEX], head=False)
+            manifest = await self.manifest(repository.name, fallback_tag(subject), [OCI_INDEX], head=False)
             content = manifest.content or EMPTY_INDEX
         except ManifestUnknown:  # remembered, because there is an outage since a moment ago
-            return ReferrersIndex(EMPTY_INDEX, query.artifact_type is not None, "STALE")
+            return await self._filtered_referrers(EMPTY_INDEX, query, "STALE")
         except UpstreamRefused as error:
-            if error.status != 404:
+            if error.status != 404 or is_outage(error):  # a wall's 404 says nothing about the registry
                 raise
             content = EMPTY_INDEX
         self.cache.companions.record_referrers(principal, subject, content)
+        return await self._filtered_referrers(content, query, "PASS")
+
+    async def _filtered_referrers(self, index: bytes, query: ReferrersQuery, cache_status: str) -> ReferrersIndex:
         if query.artifact_type is None:
-            return ReferrersIndex(content, False, "PASS")
-        return ReferrersIndex(await self._filter_referrers(content, query.artifact_type), True, "PASS")
+            return ReferrersIndex(index, False, cache_status)
+        return ReferrersIndex(await self._filter_referrers(index, query.artifact_type), True, cache_status)
 
     async def _filter_referrers(self, index: bytes, artifact_type: str) -> bytes:
         try:

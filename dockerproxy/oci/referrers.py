@@ -37,6 +37,11 @@ class ReferrersQuery:
         parameters = dict(reversed(parse_query(text)))
         return cls(text, parameters.get("artifactType"), parameters.get("last"))
 
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it asks for all referrers, perhaps of one type. Any other parameter may leave some out."""
+        return all(name == "artifactType" for name, _ in parse_query(self.text))
+
 
 @frozen
 class ReferrersPage:

@@ -158,6 +158,7 @@ def test_front_has_the_challenge_of_the_registry_proper(
         ("https://proper.example/v2/", (), 200),
         ("https://proper.example/v2/", (), 503),
         ("http://proper.example/v2/", (BEARER,), 401),
+        ("HTTP://proper.example/v2/", (BEARER,), 401),
         ("https://other.example:5000/v2/", (BEARER,), 401),  # a loop
         ("ftp://proper.example/", (BEARER,), 401),
         ("", (BEARER,), 401),

@@ -13,7 +13,7 @@ from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest, parse_repository
 from dockerproxy.oci.referrers import ReferrersQuery
 from tests.cache.support.harness import HUB, CacheHarness
-from tests.cache.support.upstream import replace_with, respond_with
+from tests.cache.support.upstream import ScriptedResponse, replace_with, respond_with
 
 APP = "library/app"
 ALICE, BOB = "Bearer alice", "Bearer bob"
@@ -141,14 +141,14 @@ def test_outage_between_the_api_and_the_fallback_tag(harness: CacheHarness) -> N
     assert (result.content, result.filtered, result.cache_status) == (EMPTY_INDEX, True, "STALE")
 
 
-@pytest.mark.parametrize("incomplete", ["filtered", "paged", "large", "unknown image"])
+@pytest.mark.parametrize("incomplete", ["filtered", "paged", "large", "limited", "unknown image"])
 def test_referrers_that_are_not_remembered(harness: CacheHarness, incomplete: str) -> None:
     fields = {"filtered": {"oci_filters_applied": "artifactType"}, "paged": {"link": '</next>; rel="next"'}}
     content = INDEX + b" " * 20_000 if incomplete == "large" else INDEX
     if incomplete != "unknown image":
         harness.run(harness.manifest("1"))
     harness.upstream.on("GET", "referrers", replace_with(content, **fields.get(incomplete, {})))
-    assert referrers(harness).content == content
+    assert referrers(harness, "n=1" if incomplete == "limited" else "").content == content
     harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
         referrers(harness)
@@ -164,6 +164,49 @@ def test_referrers_of_a_private_repository(harness: CacheHarness) -> None:
     for authorization in (BOB, None):
         with pytest.raises(UpstreamUnreachable):
             referrers(harness, authorization=authorization)
+
+
+def page(request: Any, data: bytes) -> ScriptedResponse:
+    return ScriptedResponse(404, b"<html>blocked</html>", {"content-type": "text/html"})
+
+
+@pytest.mark.parametrize("api", [respond_with(404), page])
+def test_a_wall_has_no_word_about_referrers(harness: CacheHarness, api: Any) -> None:
+    """A missing signature must not be the word of a firewall."""
+    harness.run(harness.manifest("1"))
+    harness.upstream.on("GET", "referrers", replace_with(INDEX))
+    referrers(harness)
+    harness.upstream.reset()
+    harness.upstream.on("GET", "referrers", api)
+    harness.upstream.on("GET", "manifests", page)
+    for _ in range(2):
+        result = referrers(harness)
+        assert (result.content, result.cache_status) == (INDEX, "STALE")
+
+
+def test_a_server_without_the_api_may_say_so_with_a_page(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    harness.upstream.on("GET", "referrers", page)
+    assert referrers(harness).content == EMPTY_INDEX
+    repository = harness.upstream.repository(f"{HUB}/{APP}")
+    repository.put_manifest(INDEX, f"sha256-{SUBJECT.hex}")
+    assert referrers(harness).content == INDEX
+    del repository.manifests[f"sha256-{SUBJECT.hex}"]
+    assert referrers(harness).content == EMPTY_INDEX
+
+
+def test_a_stranger_hides_no_referrers(harness: CacheHarness) -> None:
+    """A registry that hides a private repository answers 404 to those who may not read it."""
+    repository = harness.upstream.repository(f"{HUB}/{APP}")
+    repository.readers, repository.denial_status = {ALICE}, 404
+    harness.run(harness.manifest("1", authorization=ALICE))
+    harness.upstream.on("GET", "referrers", replace_with(INDEX), times=1)
+    referrers(harness, authorization=ALICE)
+    harness.upstream.on("GET", "referrers", respond_with(404))
+    for authorization in (BOB, None):
+        assert referrers(harness, authorization=authorization).content == EMPTY_INDEX
+    harness.upstream.go_down()
+    assert referrers(harness, authorization=ALICE).content == INDEX
 
 
 def test_a_refusal_is_no_outage(harness: CacheHarness) -> None:
