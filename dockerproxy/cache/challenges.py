@@ -33,7 +33,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.upstream.credentials import belong_together
 from dockerproxy.upstream.redirects import REDIRECTS, follow
 from dockerproxy.upstream.refusals import is_page
-from dockerproxy.upstream.urls import resolve_location
+from dockerproxy.upstream.urls import resolve_location, split_url
 
 TOKEN_PATH = "/.well-known/docker-registry-proxy/token"
 """Path on a registry's host at which this proxy serves tokens for a realm on another host."""
@@ -337,7 +337,7 @@ class Challenges:
         """
         try:
             location = resolve_location(url, location)
-            if location.startswith("http:") and url.startswith("https:"):
+            if split_url(location)[0].scheme == "http" and url.startswith("https:"):
                 return None, []
             response, followed = await follow(self._agent, "GET", location, Headers(), None, self._address_check_for)
             await response.discard()
