@@ -99,6 +99,38 @@ def test_token_is_good_whoever_fetches_and_uses_it(
 
 
 @pytest.mark.parametrize("listed", [False, True])
+def test_a_realm_is_intercepted_only_if_it_is_listed(network: TokenNetwork, start: StartDaemon, listed: bool) -> None:
+    """Also in an outage, and after a restart: a registry could name any host as its token server."""
+    realm = add_guarded_registry(network)
+    digest = network.registry(REGISTRY).put_blob("public", b"public")
+    if listed:
+        network.registries.append(REALM)
+    daemon = start()
+    client = client_of(network, daemon)
+
+    def is_tunnelled() -> bool:
+        connection = ProxyClient(daemon.port, network.ca.client_context()).new_connection(f"https://{REALM}/token")
+        try:
+            connection.request("GET", "/token")
+            return connection.getresponse().status == 200
+        except ssl.SSLCertVerificationError:  # it is the proxy's own
+            return False
+        finally:
+            connection.close()
+
+    assert is_tunnelled() is not listed
+    for _ in ("running", "restarted"):
+        assert client.pull(REGISTRY, "public", f"blobs/{digest}").body == b"public"
+        assert is_tunnelled() is not listed
+        network.registry(REGISTRY).stop()
+        assert client.pull(REGISTRY, "public", f"blobs/{digest}").body == b"public"
+        assert is_tunnelled() is not listed
+        network.registry(REGISTRY).start()
+        daemon.restart()
+    assert set(realm.logins) == {None}
+
+
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("gone", ["all", "realm"])
 def test_outage_with_a_token_server_elsewhere(
     network: TokenNetwork, start: StartDaemon, listed: bool, gone: str
