@@ -320,6 +320,10 @@ def test_wildcards(
         for url in (f"{daemon.url}/v2/{host}/{PRIVATE[0]}", f"{daemon.url}/v2/{PRIVATE[0]}?ns={host}"):
             response = request_directly("GET", url, {"Accept": ACCEPT_MANIFESTS})
             assert (response.status, response.body) == (200, IMAGES["private"].manifest.data)
+    containerd = clients.containerd()
+    containerd.configure_host("_default", f'[host."{daemon.url}"]\n  capabilities = ["pull", "resolve"]\n')
+    for host in ("one.login.test", "two.login.test"):
+        containerd.pull(f"{host}/private/app:1")
     registry.requests.clear()
     response = daemon.client.get(f"https://one.login.test/v2/{PRIVATE[1]}")
     assert (response.status, response.headers["x-cache"], registry.requests) == (200, "HIT", [])
