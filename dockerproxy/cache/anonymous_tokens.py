@@ -1,7 +1,8 @@
 """Tokens that upstream issues to clients without a credential.
 
 All clients without one ask for the same tokens, and a whole fleet pulls at once. So a token is requested once, and
-handed out while enough of its life is left.
+handed out while enough of its life is left, for a few minutes: a token server that has lost its key, or a registry that
+refuses a token before its end, must not stay out of reach for hours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dockerproxy.oci.tokens import TokenResponse
 
 _MAX_TOKENS = 512  # of 16 KiB at most
 _MIN_REMAINING = 60.0  # seconds; distribution's specification has 60 as the least lifetime that clients may rely on
+
+_MAX_AGE = 300.0  # seconds; the tokens of most registries have this lifetime, or an hour
 
 
 @frozen
@@ -37,8 +40,8 @@ class AnonymousTokens:
     async def get(self, key: str, request: Callable[[], Awaitable[TokenResponse]]) -> TokenResponse:
         """Return the token for `key` with its remaining lifetime, by `request` unless one can be handed out.
 
-        It has more than half of its lifetime left, and at least a minute, unless upstream issues shorter ones. Raise
-        the error of `request`.
+        It is at most _MAX_AGE old, and has more than half of its lifetime left, and at least a minute, unless upstream
+        issues shorter ones. Raise the error of `request`.
         """
         issued = self._issued.get(key)
         if issued is None or not issued.issued_at <= self._clock() <= issued.renew_at:
@@ -49,6 +52,7 @@ class AnonymousTokens:
         issued_at = self._clock()  # as far as we know: it may be later
         response = await request()
         ends_at = issued_at + response.lifetime
-        issued = _IssuedToken(response, issued_at, ends_at - max(response.lifetime / 2, _MIN_REMAINING), ends_at)
+        age = min(response.lifetime - max(response.lifetime / 2, _MIN_REMAINING), _MAX_AGE)
+        issued = _IssuedToken(response, issued_at, issued_at + age, ends_at)
         self._issued[key] = issued
         return issued

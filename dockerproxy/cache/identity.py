@@ -41,6 +41,11 @@ class Binding:
     repositories: frozenset[str]
     expires_at: float
 
+    @property
+    def group(self) -> tuple[str, bool]:
+        """The tokens among which this one may be displaced: those of its realm, with or without a credential."""
+        return self.realm, self.client == PUBLIC
+
 
 OnBind = Callable[[str, str, str, list[str], float], None]
 """Gets a token's identity and the values of its `Binding`, which are JSON."""
@@ -50,13 +55,14 @@ OnBind = Callable[[str, str, str, list[str], float], None]
 class Bindings:
     """Maps the identity of an upstream token to its `Binding`. Keeps _MAX_BINDINGS.
 
-    Beyond that, the realm with the most tokens loses the one that was used least recently. So a hostile realm, which
-    can issue any number, displaces no others. Functions that `subscribe` are called with each new binding so that other
-    processes can `add` it.
+    Beyond that, the realm with the most tokens loses the one that was used least recently, and tokens of clients
+    without a credential are apart. So a hostile realm, which can issue any number, displaces no others, nor do clients
+    without a login, who can ask for any number. Functions that `subscribe` are called with each new binding so that
+    other processes can `add` it.
     """
 
     _by_token: dict[str, Binding] = field(factory=dict, init=False)
-    _by_realm: dict[str, OrderedDict[str, None]] = field(factory=dict, init=False)
+    _groups: dict[tuple[str, bool], OrderedDict[str, None]] = field(factory=dict, init=False)
     _subscribers: list[OnBind] = field(factory=list, init=False)
 
     def subscribe(self, on_bind: OnBind) -> None:
@@ -74,25 +80,25 @@ class Bindings:
         """Bind `token` in this process only."""
         self._remove(token)
         if len(self._by_token) >= _MAX_BINDINGS:
-            largest = max(self._by_realm.values(), key=len)
+            largest = max(self._groups.values(), key=len)
             self._remove(next(iter(largest)))
-        self._by_token[token] = Binding(realm, client, frozenset(repositories), expires_at)
-        self._by_realm.setdefault(realm, OrderedDict())[token] = None
+        binding = self._by_token[token] = Binding(realm, client, frozenset(repositories), expires_at)
+        self._groups.setdefault(binding.group, OrderedDict())[token] = None
 
     def get(self, token: str) -> Binding | None:
         """Return the binding of `token`, None if it is not known."""
         binding = self._by_token.get(token)
         if binding is not None:
-            self._by_realm[binding.realm].move_to_end(token)
+            self._groups[binding.group].move_to_end(token)
         return binding
 
     def _remove(self, token: str) -> None:
         binding = self._by_token.pop(token, None)
         if binding is not None:
-            tokens = self._by_realm[binding.realm]
+            tokens = self._groups[binding.group]
             del tokens[token]
             if not tokens:
-                del self._by_realm[binding.realm]
+                del self._groups[binding.group]
 
 
 @frozen

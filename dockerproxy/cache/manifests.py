@@ -360,9 +360,10 @@ class CachedManifests:
         digest = reference if isinstance(reference, Digest) else header_digest
         sent_before = digest is not None and self._links.has_manifest(key, digest)
         stored_size = self._blobs.size(digest) if digest is not None and sent_before else None
-        is_same = stored_size is not None and not is_page(response.headers)
-        # With a coding, the length is that of the coded content.
-        size = stored_size if content_codings(response.headers) else response.length
+        # With a coding, the length is that of the coded content, and only a digest says that it is the same.
+        is_coded = bool(content_codings(response.headers))
+        size = stored_size if is_coded else response.length
+        is_same = stored_size is not None and not is_coded and not is_page(response.headers)
         conclusive = header_digest == digest if header_digest is not None else is_same
         media_type = _media_type_field(response)
         if (

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import groupby
 from urllib.parse import parse_qsl, urlencode
 
 from attrs import evolve, field, frozen
@@ -91,9 +93,14 @@ class TokenRequest:
         return self.authorization is None and self._login_fields() == []
 
     def anonymous_key(self) -> str:
-        """Return the parameters that make a difference for a client without a credential. Raise `BadRequest`."""
-        pairs = {*parse_query(self.query), *self._form_fields()}
-        return urlencode(sorted(pair for pair in pairs if pair[0] not in _CLIENT_PARAMETERS))
+        """Return a text for all that makes a difference for a client without a credential. Raise `BadRequest`.
+
+        That includes the order of values with one name, and whether they are in a form: servers read them in various
+        ways, and no client may choose the token that others get.
+        """
+        given = (pair for pair in parse_query(self.query) if pair[0] not in _CLIENT_PARAMETERS)
+        pairs = [pair for pair, _ in groupby(sorted(given, key=lambda pair: pair[0]))]
+        return urlencode(pairs) if self.form is None else f"{urlencode(pairs)}\n{sha256(self.form).hexdigest()}"
 
     def _login_fields(self) -> list[str] | None:
         """Return the names of the form's fields with credentials; None if there may be a credential elsewhere."""

@@ -157,7 +157,20 @@ def test_a_hostile_realm_displaces_no_other_tokens(monkeypatch: pytest.MonkeyPat
     me = identities.for_authorization(REALM, ALICE)
     for number in range(4):
         assert identity_of(ClientCredential(f"Bearer honest {number}"), identities=identities) == me
-    assert len(bindings._by_token) == sum(map(len, bindings._by_realm.values())) == 10
+    assert len(bindings._by_token) == sum(map(len, bindings._groups.values())) == 10
+
+
+def test_clients_without_a_login_displace_no_tokens_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can ask the same realm for a token for any repository."""
+    monkeypatch.setattr(module, "_MAX_BINDINGS", 10)
+    identities = Identities(b"s" * 32, lambda: NOW, Bindings())
+    for number in range(4):
+        bind(identities, f"honest {number}")
+    for number in range(100):
+        identities.bind_public(f"anonymous {number}", REALM, NOW + 300)
+    me = identities.for_authorization(REALM, ALICE)
+    for number in range(4):
+        assert identity_of(ClientCredential(f"Bearer honest {number}"), identities=identities) == me
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from("xyz"), st.booleans())))
@@ -171,7 +184,7 @@ def test_any_bindings_stay_bounded(steps: list[tuple[str, str, bool]]) -> None:
             else:
                 bindings.add(token, realm, "own:x", [], NOW)
                 assert bindings.get(token) == Binding(realm, "own:x", frozenset(), NOW)
-            tokens = [token for tokens in bindings._by_realm.values() for token in tokens]
+            tokens = [token for tokens in bindings._groups.values() for token in tokens]
             assert len(tokens) <= 4 and set(tokens) == set(bindings._by_token)
 
 

@@ -520,6 +520,18 @@ def test_captive_portal_grants_nothing(harness: CacheHarness) -> None:
     assert harness.access.state(f"{HUB}/{APP}", "public", public=True) is AccessState.UNKNOWN
 
 
+def test_a_coding_in_the_answer_to_head_grants_nothing(harness: CacheHarness) -> None:
+    """The length of coded content cannot be compared, so that without a digest, the answer may be anybody's."""
+    app_repository(harness).readers = {ALICE}
+    harness.run(harness.manifest("1", authorization=ALICE))
+    portal = {"content-type": "application/json", "content-encoding": "gzip"}
+    harness.upstream.on("HEAD", "", lambda request, data: ScriptedResponse(200, b"", portal, length=50))
+    harness.upstream.on("GET", "", lambda request, data: ScriptedResponse(200, b'{"blocked":1', portal))
+    for head in (False, True):
+        with pytest.raises(UpstreamError):
+            harness.run(harness.manifest(Digest.of(ONE), head=head, authorization="Bearer mallory"))
+
+
 def test_head_without_digest(harness: CacheHarness) -> None:
     """Only the content shows the digest. It is requested once."""
 
