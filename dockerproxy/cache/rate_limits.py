@@ -29,8 +29,8 @@ from dockerproxy.upstream.retry import parse_retry_after
 LIMIT = "limit"
 """The kind of the records, one for each registry."""
 
-# Seconds, if a 429 does not say how long it lasts. Registries that limit requests by the second, such as ECR, name no time,
-# and clients without the proxy succeed a moment later.
+# Seconds, if a 429 does not say how long it lasts. Registries that limit requests by the second, such as ECR, name no
+# time, and clients without the proxy succeed a moment later.
 _DEFAULT_REFUSAL = 5.0
 _PROBE_TIME = 10.0  # seconds for which one request asks whether the refusal has ended
 _WRITE_INTERVAL = 30.0  # seconds between two records that only count down
