@@ -65,7 +65,7 @@ def test_cached_image_behind_a_wall(
             assert response.headers["docker-content-digest"] == image.digest
     upstreams.fake.reset_rules()
     response = daemon.client.get(f"{FAKE}/v2/{name}/manifests/1", Accept=ACCEPT_MANIFESTS)
-    assert (response.status, response.cache_status) == (200, "MISS")  # the first with these Accept fields
+    assert response.status == 200 and response.cache_status in ("MISS", "REVALIDATED")
 
 
 @pytest.mark.slow
