@@ -221,7 +221,8 @@ def test_upstream_timeout_returns_504(upstreams: Upstreams, daemon: TwistdDaemon
 
 
 @pytest.mark.parametrize("retry_after", [None, "30"])
-def test_rate_limit_is_forwarded(upstreams: Upstreams, daemon: TwistdDaemon, retry_after: str | None) -> None:
+def test_rate_limit_is_forwarded(upstreams: Upstreams, start_daemon: StartDaemon, retry_after: str | None) -> None:
+    daemon = start_daemon()  # of its own, because it believes the limit for a while
     headers = {"RateLimit_Limit": "100;w=21600", **({"Retry_After": retry_after} if retry_after else {})}
     for method in ("GET", "HEAD"):
         upstreams.fake.add_rule(method, "/v2/limited/", fake_registry.respond_status(429, "TOOMANYREQUESTS", **headers))
