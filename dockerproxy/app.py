@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from attrs import field, frozen
+from attrs import asdict, field, frozen
 from twisted.application.internet import TimerService
 
 from dockerproxy import __version__
@@ -21,6 +21,7 @@ from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.pullthrough import PullThrough
+from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import CacheSpace, FileCounter
 from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, in_thread
 from dockerproxy.daemon.accesslog import AccessLog
@@ -599,18 +600,23 @@ async def handle_metrics(
     with suppress(OSError, RegistryError):  # it may be on a server that does not answer
         disks["hosted"] = await registry_disk.read(os.statvfs, shared.state.registry.root)
     accept = request.headers.get("accept") or ""
-    content_type, content = await in_thread(reactor, _render_metrics, shared.metrics, measured, disks, accept)
+    content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, accept)
     fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
     await request.respond_long(200, fields, content)
 
 
 def _render_metrics(
-    metrics: Metrics, measured: Mapping[str, float], disks: Mapping[str, os.statvfs_result], accept: str
+    shared: SharedServices, measured: Mapping[str, float], disks: Mapping[str, os.statvfs_result], accept: str
 ) -> tuple[str, bytes]:
     # Loaded in a thread, and only if somebody asks for metrics.
-    from dockerproxy.daemon.exposition import measured_gauges, render
+    from dockerproxy.daemon.exposition import measured_gauges, rate_limit_gauges, render
 
-    return render(metrics, measured_gauges(__version__, measured, disks), accept)
+    limits = {
+        registry_label(Registry.parse(host)): asdict(limit)
+        for host, limit in stored_limits(shared.state.open_records())
+    }
+    gauges = (*measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits))
+    return render(shared.metrics, gauges, accept)
 
 
 @frozen

@@ -26,6 +26,17 @@ _MEASURED = {
     "certificate_expiry_timestamp_seconds": "The end of the CA's certificate, in POSIX time.",
 }
 
+_RATE_LIMITS = (
+    ("limit", "ratelimit_limit", "Pulls that a registry allows in its window, as it last said."),
+    ("remaining", "ratelimit_remaining", "Pulls that are left, as the registry last said."),
+    ("window", "ratelimit_window_seconds", "The window of the limit."),
+    (
+        "refused_until",
+        "ratelimit_refused_until_timestamp_seconds",
+        "The time until which a registry refuses pulls, in POSIX time; 0 if it does not.",
+    ),
+)
+
 _BOUNDS = (*map(str, BUCKETS), "+Inf")
 
 
@@ -56,6 +67,21 @@ def measured_gauges(
         free[store,], inodes[store,] = disk.f_bavail * disk.f_frsize, disk.f_favail
     yield Gauge("store_free_bytes", "Free bytes on the disk of a store.", free, ("store",))
     yield Gauge("store_free_inodes", "Free inodes of the file system of a store.", inodes, ("store",))
+
+
+def rate_limit_gauges(limits: Mapping[str, Mapping[str, float | None]]) -> Iterator[Gauge]:
+    """Yield the gauges of the rate limits of registries for clients without a login of their own.
+
+    `limits` have ``limit``, ``remaining``, ``window`` (seconds) and ``refused_until`` (POSIX time) by registry; what a
+    registry has not said is None.
+    """
+    for key, name, help_text in _RATE_LIMITS:
+        values: dict[tuple[str, ...], float] = {}
+        for registry, limit in limits.items():
+            value = limit[key]
+            if value is not None:
+                values[registry,] = value
+        yield Gauge(name, help_text, values, ("registry",))
 
 
 @frozen(eq=False)

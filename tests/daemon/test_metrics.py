@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from attrs import fields_dict
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from dockerproxy.daemon.exposition import Gauge, measured_gauges, render
+from dockerproxy.daemon.exposition import Gauge, measured_gauges, rate_limit_gauges, render
 from dockerproxy.daemon.metrics import BUCKETS, CACHE_STATUSES, KINDS, REFUSING_SETTINGS, TUNNELS, Metrics
 from dockerproxy.settings import Settings
 
@@ -245,3 +246,17 @@ def test_what_registries_do() -> None:
     worker.count_upstream("quay.io", "blob", "GET", 503, 0.1)  # it responds
     assert scrape(metrics)[up] == 1
     assert ("dockerproxy_upstream_up", frozenset({("registry", "hosted")})) not in scrape(metrics)
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_rate_limits(accept: str) -> None:
+    hub = {"limit": 100, "remaining": 34, "window": 21600, "refused_until": 0.0, "source": "192.0.2.7"}
+    quay = {"limit": None, "remaining": None, "window": None, "refused_until": 1.8e9, "source": None}
+    gauges: Any = rate_limit_gauges({"docker.io": hub, "quay.io": quay})  # type: ignore[dict-item]
+    samples = nonzero(scrape(Metrics.make(1), accept, gauges))
+    assert samples == {
+        "ratelimit_limit docker.io": 100,
+        "ratelimit_remaining docker.io": 34,
+        "ratelimit_window_seconds docker.io": 21600,
+        "ratelimit_refused_until_timestamp_seconds quay.io": 1.8e9,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -10,7 +11,8 @@ from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after
 from tests.e2e.harness.http_client import request_directly
-from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
@@ -108,3 +110,31 @@ def test_evictions_are_counted(upstreams: Upstreams, start_daemon: StartDaemon) 
         digest = upstreams.fake.put_blob("metrics/evicted", images.random_bytes(3 * MIB, f"evicted {number}"))
         assert daemon.client.get(f"{FAKE}/v2/metrics/evicted/blobs/{digest}").status == 200
     wait_until(lambda: scrape(daemon)['cache_evictions_total{reason="room"}'] == 2, "two blobs are evicted")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_registrys_rate_limit(upstreams: Upstreams, start_daemon: StartDaemon, workers: str) -> None:
+    """Many clients that try again cost one refused pull, also after a restart. What is cached goes on."""
+    daemon = start_daemon(WORKERS=workers)
+    name = f"limited/app-{workers}"
+    for tag in ("cached", "new"):
+        upstreams.fake.put(name, tag, images.build_small_image(f"{name} {tag}"))
+    url = f"{FAKE}/v2/{name}/manifests"
+    assert daemon.client.get(f"{url}/cached", Accept=ACCEPT_MANIFESTS).status == 200
+    upstreams.fake.add_rule("GET", f"/v2/{name}/manifests/", refuse_for_an_hour)
+    for _ in range(10):
+        response = daemon.client.get(f"{url}/new", Accept=ACCEPT_MANIFESTS)
+        assert (response.status, int(response.headers["retry-after"]) > 3000) == (429, True)
+        assert daemon.client.get(f"{url}/cached", Accept=ACCEPT_MANIFESTS).status == 200
+    daemon.restart(kill=True)
+    assert daemon.client.get(f"{url}/new", Accept=ACCEPT_MANIFESTS).status == 429
+    assert len(upstreams.fake.find_requests("GET", f"/v2/{name}/manifests/new")) == 1
+    samples = scrape(daemon)
+    assert samples['ratelimit_limit{registry="fake.test"}'] == 100
+    assert samples['ratelimit_remaining{registry="fake.test"}'] == 0
+    assert samples['ratelimit_refused_until_timestamp_seconds{registry="fake.test"}'] > time.time()
+
+
+def refuse_for_an_hour(exchange: HTTPExchange, content: TypedContent | None) -> None:
+    fields = {"Retry-After": "3600", "RateLimit-Limit": "100;w=21600", "RateLimit-Remaining": "0;w=21600"}
+    exchange.respond(429, fields, b"")
