@@ -29,9 +29,9 @@ from dockerproxy.upstream.retry import parse_retry_after
 LIMIT = "limit"
 """The kind of the records, one for each registry."""
 
-# Seconds, if a 429 does not say how long it lasts. Registries that limit requests by the second, such as ECR, name no
-# time, and clients without the proxy succeed a moment later.
-_DEFAULT_REFUSAL = 5.0
+# Seconds that a refusal lasts if the 429 does not say it: 2, and twice as many each time that it is repeated, because
+# many registries limit the requests of a second. If no pull is left in a long window, it takes longer.
+_FIRST_REFUSAL, _MAX_REFUSAL, _EXHAUSTED_REFUSAL = 2.0, 64.0, 60.0
 _PROBE_TIME = 10.0  # seconds for which one request asks whether the refusal has ended
 _WRITE_INTERVAL = 30.0  # seconds between two records that only count down
 _MAX_REGISTRIES = 1000  # in memory; a wildcard has any number of them
@@ -47,7 +47,8 @@ log = Logger()
 class RateLimit:
     """The word of a registry: `limit` pulls in `window` seconds, of which `remaining` are left, for `source`.
 
-    Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times).
+    Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times), for
+    the `refusals`-th time in succession.
     """
 
     limit: int | None = None
@@ -56,6 +57,7 @@ class RateLimit:
     source: str | None = None
     seen: float = 0.0
     refused_until: float = 0.0
+    refusals: int = 0
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RateLimit:
@@ -64,7 +66,7 @@ class RateLimit:
             limit = cls(**record)
         except TypeError:
             raise ValueError("not a rate limit") from None
-        numbers = (limit.limit, limit.window, limit.remaining)
+        numbers = (limit.limit, limit.window, limit.remaining, limit.refusals)
         times = (limit.seen, limit.refused_until)
         is_valid = all(number is None or isinstance(number, int) for number in numbers)
         if not is_valid or not all(isinstance(moment, int | float) for moment in times):
@@ -85,6 +87,12 @@ class RateLimit:
             source=source if source.isascii() and source.isprintable() and source else self.source,
             seen=now,
         )
+
+    @property
+    def usual_refusal(self) -> float:
+        """The seconds that a refusal lasts whose response does not say it."""
+        doubled = min(_MAX_REFUSAL, _FIRST_REFUSAL * 2 ** min(self.refusals, 10))
+        return max(_EXHAUSTED_REFUSAL, doubled) if self.remaining == 0 else doubled
 
     def describe(self, registry: Registry) -> str:
         """Return the sentence for a client whose pull is refused."""
@@ -149,12 +157,12 @@ class RateLimits:
         if method != "GET":
             pass
         elif status == 429:
-            seconds = parse_retry_after(headers, now)
-            limit = evolve(limit, refused_until=now + (seconds or _DEFAULT_REFUSAL), seen=now)
-            if now >= known.refused_until or not known.refused_until:
+            seconds = parse_retry_after(headers, now) or limit.usual_refusal
+            limit = evolve(limit, refused_until=now + seconds, refusals=known.refusals + 1, seen=now)
+            if not known.refusals:
                 log.warn("{sentence}", sentence=limit.describe(registry))
         elif known.refused_until:
-            limit = evolve(limit, refused_until=0.0, seen=now)
+            limit = evolve(limit, refused_until=0.0, refusals=0, seen=now)
             log.info("{registry} accepts pulls again", registry=registry_label(registry))
         if limit is not known:
             self._set(registry, identity, limit)

@@ -134,11 +134,11 @@ def test_the_budget_has_the_limits_of_all_registries(tmp_path: Path, client: Any
         "limits": [
             {
                 "registry": "quay.io", "limit": None, "window": None, "remaining": None, "source": None,
-                "seen": 1_800_000_000.0, "refused_until": 1_800_000_060.0,
+                "seen": 1_800_000_000.0, "refused_until": 1_800_000_060.0, "refusals": 1,
             },
             {
                 "registry": "docker.io", "limit": 100, "window": 21600, "remaining": 34, "source": None,
-                "seen": 1_800_000_000.0, "refused_until": 0.0,
+                "seen": 1_800_000_000.0, "refused_until": 0.0, "refusals": 0,
             },
         ]
     }  # fmt: skip

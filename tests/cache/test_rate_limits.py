@@ -91,11 +91,29 @@ def test_pulls_are_refused_until_the_time_that_the_registry_named(limits: RateLi
     assert is_refused(limits)
 
 
-def test_one_request_asks_whether_the_refusal_has_ended(limits: RateLimits, clock: Clock) -> None:
-    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, NOTHING)
-    clock.now += 4
+def test_a_refusal_without_a_time_is_short_at_first(limits: RateLimits, clock: Clock) -> None:
+    """Many registries limit the requests of a second, and a client without a proxy would soon succeed."""
+    for seconds in (2, 4, 8, 16, 32, 64, 64):
+        limits.note(QUAY, PUBLIC, "GET", 429, NOTHING)
+        clock.now += seconds - 0.1
+        assert is_refused(limits, QUAY)
+        clock.now += 0.1
+        assert not is_refused(limits, QUAY)
+    limits.note(QUAY, PUBLIC, "GET", 200, NOTHING)
+    limits.note(QUAY, PUBLIC, "GET", 429, NOTHING)
+    clock.now += 2
+    assert not is_refused(limits, QUAY)
+
+
+def test_a_refusal_without_a_time_is_longer_if_no_pull_is_left(limits: RateLimits, clock: Clock) -> None:
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, Headers([("ratelimit-remaining", "0;w=21600")]))
+    clock.now += 59
     assert is_refused(limits)
-    clock.now += 1  # clients of a registry that throttles by the second do not wait longer
+
+
+def test_one_request_asks_whether_the_refusal_has_ended(limits: RateLimits, clock: Clock) -> None:
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, Headers([("Retry-After", "60")]))
+    clock.now += 60
     assert [is_refused(limits) for _ in range(3)] == [False, True, True]
     clock.now += 10  # that one got no answer
     assert [is_refused(limits) for _ in range(3)] == [False, True, True]

@@ -114,7 +114,7 @@ def test_evictions_are_counted(upstreams: Upstreams, start_daemon: StartDaemon) 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_registrys_rate_limit(upstreams: Upstreams, start_daemon: StartDaemon, workers: str) -> None:
-    """Many clients that try again cost one refused pull, also after a restart. What is cached goes on."""
+    """Many clients that try again cost one refused pull, also after a restart. Cached images go on."""
     daemon = start_daemon(WORKERS=workers)
     name = f"limited/app-{workers}"
     for tag in ("cached", "new"):
