@@ -91,8 +91,15 @@ class RateLimit:
     @property
     def usual_refusal(self) -> float:
         """The seconds that a refusal lasts whose response does not say it."""
-        doubled = min(_MAX_REFUSAL, _FIRST_REFUSAL * 2 ** min(self.refusals, 10))
+        doubled = min(_MAX_REFUSAL, _FIRST_REFUSAL * (1 << min(self.refusals, 10)))
         return max(_EXHAUSTED_REFUSAL, doubled) if self.remaining == 0 else doubled
+
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        """The header fields that say what is left, as Docker Hub writes them."""
+        quotas = (("RateLimit-Limit", self.limit), ("RateLimit-Remaining", self.remaining))
+        window = "" if self.window is None else f";w={self.window}"
+        return [(name, f"{quota}{window}") for name, quota in quotas if quota is not None]
 
     def describe(self, registry: Registry) -> str:
         """Return the sentence for a client whose pull is refused."""
@@ -143,8 +150,8 @@ class RateLimits:
         """
         limit, now = self.get(registry, identity), self._clock()
         if now < limit.refused_until <= now + 2 * 3600:  # a time far ahead is from a clock that was wrong
-            seconds = int(limit.refused_until - now) + 1
-            raise UpstreamFailing(limit.describe(registry), 429, headers=[("Retry-After", str(seconds))])
+            retry_after = "Retry-After", str(int(limit.refused_until - now) + 1)
+            raise UpstreamFailing(limit.describe(registry), 429, headers=[retry_after, *limit.fields])
         if limit.refused_until:
             self._set(registry, identity, evolve(limit, refused_until=now + _PROBE_TIME, seen=now))
 
