@@ -45,10 +45,10 @@ log = Logger()
 
 @frozen
 class RateLimit:
-    """The word of a registry: `limit` pulls in `window` seconds, of which `remaining` are left, for `source`.
+    """The word of a registry: `source` may pull `limit` times in `window` seconds, and `remaining` pulls are left.
 
-    Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times), for
-    the `refusals`-th time in succession.
+    Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times). It
+    has refused `refusals` times in succession.
     """
 
     limit: int | None = None
@@ -90,7 +90,7 @@ class RateLimit:
 
     @property
     def usual_refusal(self) -> float:
-        """The seconds that a refusal lasts whose response does not say it."""
+        """The seconds that a refusal lasts if its response does not say it."""
         doubled = min(_MAX_REFUSAL, _FIRST_REFUSAL * (1 << min(self.refusals, 10)))
         return max(_EXHAUSTED_REFUSAL, doubled) if self.remaining == 0 else doubled
 
@@ -102,7 +102,7 @@ class RateLimit:
         return [(name, f"{quota}{window}") for name, quota in quotas if quota is not None]
 
     def describe(self, registry: Registry) -> str:
-        """Return the sentence for a client whose pull is refused."""
+        """Return the sentence that a client gets in place of its pull."""
         name = "Docker Hub" if registry == DOCKER_HUB else str(registry)
         if self.limit is None:
             allowed = f"{name} limits the rate of pulls"

@@ -63,7 +63,7 @@ log = Logger()
 
 @frozen(eq=False)
 class Family:
-    """The values of one metric: a block of one cell for each combination of label values, for each registry or once.
+    """The values of one metric, of each registry or once: a block with a cell for each combination of label values.
 
     A cell of a counter or a gauge is one word. A cell of a histogram is one word for each bucket, the last of which is
     unlimited, and one for the sum in microseconds. A gauge that is the latest of all processes, not their sum, has one
@@ -213,7 +213,7 @@ class Metrics:
         return metrics
 
     def for_process(self, process: int) -> Metrics:
-        """Return a view that counts for the process with index `process`, whose gauges are 0 now."""
+        """Return a view that counts for the process with index `process`, and set the gauges of that process to 0."""
         first_word = process * self._words_per_process
         metrics = Metrics(self._counters, self._names, self._words_per_process, first_word)
         metrics.read_registries()
@@ -264,7 +264,7 @@ class Metrics:
             self._observe(base + _LATENCY[kind], latency)
 
     def count_upstream(self, registry: str, kind: str, method: str, status: int, seconds: float) -> None:
-        """Count a response of a registry, whose head came `seconds` after the request."""
+        """Count a response of a registry. Its head came `seconds` after the request."""
         base, status_class = self._base(registry), status // 100
         code = _STATUS_CLASSES[status_class if status_class < len(_STATUS_CLASSES) else 0]
         labels = _KIND_LABELS.get(kind, "other"), method if method in METHODS else "other", code
@@ -273,7 +273,7 @@ class Metrics:
         self._set_up(base, True)
 
     def count_failure(self, registry: str, reason: str) -> None:
-        """Count a request to a registry that got no valid response, for one of `FAILURE_REASONS`."""
+        """Count a request to a registry that got no valid response. `reason` is one of `FAILURE_REASONS`."""
         base = self._base(registry)
         index = FAILURE_REASONS.index(reason if reason in FAILURE_REASONS else "other")
         self._counters[base + _START[UPSTREAM_FAILURES] + index] += 1
@@ -287,7 +287,7 @@ class Metrics:
         self._counters[base + _START[UPSTREAM_UP]] = time.monotonic_ns() // 1000 << 1 | is_up
 
     def count_refusal(self, sentence: str) -> None:
-        """Count an error whose `sentence` names the setting that forbade the request; others are not counted."""
+        """Count an error if its `sentence` names the setting that forbade the request."""
         setting = _SETTING.search(sentence)
         if setting is not None:
             self._add(REFUSALS, REFUSING_SETTINGS.index(setting[0]), 1)
@@ -301,7 +301,7 @@ class Metrics:
         self._counters[self._first_word + _GLOBAL_START[gauge]] = value
 
     def samples(self, family: Family) -> Iterator[Sample]:
-        """Yield the sums over all processes of every cell of `family`, for every registry if it has them."""
+        """Yield the sum over all processes of every cell of `family`, and of every registry that it has."""
         if family in _GLOBAL_START:
             values = self._sums(_GLOBAL_START[family], family.words)
             for labels, value in zip(family.combinations, values, strict=True):

@@ -21,7 +21,7 @@ class UpstreamMeter(Protocol):
     """Counts what registries do."""
 
     def count_upstream(self, registry: Registry, path: str, method: str, status: int, seconds: float) -> None:
-        """Count a response with `status`, whose head came `seconds` after the request."""
+        """Count a response with `status`. Its head came `seconds` after the request."""
 
     def count_failure(self, registry: Registry, reason: str) -> None:
         """Count a request without a response; `reason` is that of the `UpstreamError`."""
@@ -32,7 +32,7 @@ class UpstreamMeter(Protocol):
 
 @frozen
 class MeteredClient:
-    """An `UpstreamClient` whose requests `meter` counts. `now` returns seconds of a clock that is never set.
+    """An `UpstreamClient` with a `meter` that counts its requests. `now` returns seconds of a clock that is never set.
 
     A request with its redirects and a new token is one, and counts for the registry that it was for.
     """
