@@ -74,6 +74,9 @@ class MemoryChannel:
 
     def abort(self) -> None: ...
 
+    def on_response_started(self) -> None:
+        pass
+
     def exceeds_discard_limit(self) -> bool:
         return False
 
