@@ -20,7 +20,7 @@ from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
 
 # Request fields that are not forwarded: the login is handled elsewhere, and the framing of the body is our own.
-_NOT_FORWARDED = ("authorization", "host", "content-length", "expect", "accept-encoding")
+_NOT_FORWARDED = ("authorization", "host", "content-length", "expect")
 
 # Request fields of a list. Our own login may go along, so nothing else does: no cookie, and no X-HTTP-Method-Override.
 _LIST_REQUEST_FIELDS = frozenset({"accept", "if-modified-since", "if-none-match", "user-agent"})
@@ -110,7 +110,7 @@ async def forward_request(request: Request, upstream: UpstreamRegistry, target: 
     Our own login is never shown for it. Raise `UpstreamRefused` for a 401.
     """
     request.cache_status = "PASS"
-    headers = request.headers.end_to_end().without(*_NOT_FORWARDED, "cookie")
+    headers = request.headers.end_to_end().without(*_NOT_FORWARDED, "accept-encoding", "cookie")
     path, body = _path_and_query(request), request_body_producer(request)
     response = await upstream.forward(request.method, target, path, headers, body)
     await _refuse_401(response)

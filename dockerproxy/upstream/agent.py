@@ -36,9 +36,8 @@ __all__ = ["Agent", "ClientContext", "Response", "UpstreamTimeouts"]
 
 _RETRYABLE_METHODS = frozenset({"GET", "HEAD"})
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: they declare even an empty body
-# Fields that the agent sets itself: destination, framing, and the content coding. The coding must be identity, because
-# a body in another coding would not match its digest.
-_REPLACED_FIELDS = ("host", "content-length", "expect", "accept-encoding")
+# Fields that the agent sets itself: destination and framing.
+_REPLACED_FIELDS = ("host", "content-length", "expect")
 _NO_HEADERS = Headers()
 _SLOW_DROP = 1.0  # seconds
 
@@ -197,7 +196,8 @@ class Agent:
 
 def _render_head(method: str, origin: Registry, target: str, headers: Headers, body: IBodyProducer | None) -> bytes:
     fields = [("Host", origin.origin.partition("://")[2]), *headers.end_to_end().without(*_REPLACED_FIELDS)]
-    fields.append(("Accept-Encoding", "identity"))
+    if "accept-encoding" not in headers:  # only what is forwarded unread has one; the rest must match its digest
+        fields.append(("Accept-Encoding", "identity"))
     if "user-agent" not in headers:
         fields.append(("User-Agent", "docker-registry-proxy"))
     if body is not None:

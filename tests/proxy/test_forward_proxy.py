@@ -270,6 +270,7 @@ def test_request_and_response_are_forwarded(connect: Any, harness: ProxyHarness)
         ("Authorization", "Basic theirs"),
         ("Cookie", "theirs=1"),
         ("X-End", "2"),
+        ("Accept-Encoding", "gzip, br"),
     ]
     http_client.send_request("GET", "http://web.example/a%20b?c=%2F&&d", fields)
     server = ServerConnection(harness.reactor)
@@ -282,7 +283,7 @@ def test_request_and_response_are_forwarded(connect: Any, harness: ProxyHarness)
         "authorization": "Basic theirs",  # for the server, unlike Proxy-Authorization
         "cookie": "theirs=1",
         "x-end": "2",
-        "accept-encoding": "identity",
+        "accept-encoding": "gzip, br",
     }
     server.protocol.dataReceived(
         b"HTTP/1.1 302 Moved\r\nLocation: /x\r\nSet-Cookie: a=b\r\nSet-Cookie: c=d\r\nX-Own: 1\r\nContent-Length: 3\r\n"

@@ -374,9 +374,10 @@ def test_cookies_are_forwarded_outside_the_api_only(
 ) -> None:
     """The web pages of quay.io have the same host name as its registry."""
     upstream.response = fake_response(200, [("set-cookie", "a=b"), ("set-cookie", "c=d")])
-    response = connect_intercepted().fetch("GET", "/signin/", [("Cookie", "a=b")])
+    response = connect_intercepted().fetch("GET", "/signin/", [("Cookie", "a=b"), ("Accept-Encoding", "br")])
     assert response.fields("Set-Cookie") == ["a=b", "c=d"]
     assert upstream.forwarded_requests[0].headers.get("cookie") == "a=b"
+    assert upstream.forwarded_requests[0].headers.get("accept-encoding") == "br"
 
 
 @pytest.mark.parametrize("status", [200, 204, 302, 304, 404, 416, 429, 500, 503])

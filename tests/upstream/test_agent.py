@@ -250,7 +250,7 @@ class PlainHTTPTests(AgentLoopbackCase):
         server, port = self.serve(
             respond_with(b"HTTP/1.1 200 OK\r\nX-Tag: one\r\nX-Tag: two\r\nContent-Length: 5\r\n\r\nhello")
         )
-        headers = Headers([("Accept", "a"), ("Connection", "x-hop"), ("X-Hop", "1"), ("Accept-Encoding", "gzip")])
+        headers = Headers([("Accept", "a"), ("Connection", "x-hop"), ("X-Hop", "1")])
         response = await self.make_agent().request("GET", f"http://127.0.0.1:{port}/v2/?n=1", headers)
         self.assertEqual((response.status, response.length), (200, 5))
         self.assertEqual(response.url, f"http://127.0.0.1:{port}/v2/?n=1")
@@ -262,6 +262,12 @@ class PlainHTTPTests(AgentLoopbackCase):
         self.assertIn(b"Host: 127.0.0.1:%d" % port, lines)
         self.assertEqual([line for line in lines if b"ncoding" in line], [b"Accept-Encoding: identity"])
         self.assertNotIn(b"x-hop", server.heads[0])
+
+    async def test_a_clients_own_accept_encoding_is_sent(self) -> None:
+        server, port = self.serve(respond_with(OK))
+        await self.make_agent().request("GET", f"http://127.0.0.1:{port}/", Headers([("Accept-Encoding", "br")]))
+        lines = server.heads[0].split(b"\r\n")
+        self.assertEqual([line.lower() for line in lines if b"ncoding" in line], [b"accept-encoding: br"])
 
     async def test_connections_are_reused(self) -> None:
         server, port = self.serve(respond_with(OK))
