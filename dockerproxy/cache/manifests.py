@@ -65,6 +65,7 @@ from dockerproxy.upstream.refusals import is_page
 _MAX_TAG_ENTRIES = 16  # of one kind per tag (public or private, claimed or not): one for each set of media types
 _PRIVATE_PREFIX, _CLAIMED_PREFIX = "private ", "claimed "  # of the keys of such entries in a record
 _OWN_ACCEPT = sorted(KNOWN_TYPES)
+_REFUSALS = frozenset({401, 403, 404})  # statuses by which registries deny access, or hide what is there
 _OUTAGE_CHECK_TIMEOUT = 10.0  # seconds
 _MEMORY_TTL = (
     30.0  # seconds; a new read updates the manifest's last use, and sees a media type that another process wrote
@@ -288,21 +289,34 @@ class CachedManifests:
     # upstream
 
     async def _request(
-        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
+        self,
+        method: str,
+        principal: UpstreamPrincipal,
+        reference: Reference,
+        accept: list[str],
+        *,
+        is_refused: bool = False,
     ) -> ManifestResponse:
-        """Request from upstream. Identical concurrent requests of the same identity share one response."""
-        key = (method, principal.repository.key, str(reference), accept_key(accept_set(accept)), principal.identity)
-        return await self._requests.do(key, lambda: self._request_locked(method, principal, reference, accept))
+        """Request from upstream. Identical concurrent requests of the same identity share one response.
+
+        A GET that `is_refused`, as the HEAD before it was, is sent although upstream refuses pulls now: it will not be
+        counted, and nobody may go on reading because we could not ask.
+        """
+        accepted = accept_key(accept_set(accept))
+        key = (method, principal.repository.key, str(reference), accepted, principal.identity, is_refused)
+        return await self._requests.do(
+            key, lambda: self._request_locked(method, principal, reference, accept, is_refused)
+        )
 
     async def _request_locked(
-        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
+        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str], is_refused: bool
     ) -> ManifestResponse:
         """Request from upstream, unless another process stored the response while this one waited for the lock."""
         started_at = self._clock()
         key = f"{method} {principal.repository.key} {reference} {accept_key(accept_set(accept))} {principal.identity}"
         async with self._lock.hold(key) as waited:
             stored_manifest = await self._stored_since(principal, reference, accept, started_at) if waited else None
-            return stored_manifest or await self._request_upstream(method, principal, reference, accept)
+            return stored_manifest or await self._request_upstream(method, principal, reference, accept, is_refused)
 
     async def _stored_since(
         self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], since: float
@@ -324,11 +338,11 @@ class CachedManifests:
         return evolve(loaded.manifest, cache_status="JOINED")
 
     async def _request_upstream(
-        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str]
+        self, method: str, principal: UpstreamPrincipal, reference: Reference, accept: list[str], is_refused: bool
     ) -> ManifestResponse:
         repository = principal.repository
         headers = Headers([("accept", value) for value in accept])
-        if method == "GET":
+        if method == "GET" and not is_refused:
             self._rate_limits.check(repository.registry, principal.identity)
         try:
             response = await self._upstream.request(
@@ -343,7 +357,8 @@ class CachedManifests:
             # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides
             # about grants and tags, and if it is a refusal too, it is no counted pull.
             await response.discard()
-            return await self._request("GET", principal, reference, accept)
+            is_refused = response.status in _REFUSALS
+            return await self._request("GET", principal, reference, accept, is_refused=is_refused)
         if response.status != 200:
             upstream_error = await error_from_response(repository.registry, response, "MANIFEST_UNKNOWN")
             self._record_error(principal, reference, upstream_error)

@@ -532,6 +532,23 @@ def test_a_coding_in_the_answer_to_head_grants_nothing(harness: CacheHarness) ->
             harness.run(harness.manifest(Digest.of(ONE), head=head, authorization="Bearer mallory"))
 
 
+@pytest.mark.parametrize("denial", [401, 403, 404])
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+def test_a_rate_limit_does_not_hide_a_denial(harness: CacheHarness, reference: str, denial: int) -> None:
+    """Otherwise a client that has lost its access could go on as long as it is refused further pulls."""
+    repository = app_repository(harness)
+    repository.readers, repository.denial_status = {ALICE}, denial
+    harness.run(harness.manifest(reference, authorization=ALICE))
+    harness.upstream.on("GET", "manifests/2", respond_with(429, retry_after="3600"))
+    with pytest.raises(UpstreamError):
+        harness.run(harness.manifest("2", authorization=ALICE))
+    harness.reactor.advance(GRANT_TTL)
+    repository.readers = {"Bearer bob"}
+    with pytest.raises(UpstreamRefused) as excinfo:
+        harness.run(harness.manifest(reference, authorization=ALICE))
+    assert excinfo.value.status == denial
+
+
 def test_head_without_digest(harness: CacheHarness) -> None:
     """Only the content shows the digest. It is requested once."""
 
