@@ -173,6 +173,13 @@ def test_a_chunk_out_of_order(registry: RegistryHarness, method: str, field: str
     assert registry.request("PUT", f"{location}?digest={Digest.of(b'12345678')}", b"5678").status == 201
 
 
+@pytest.mark.parametrize("field", ["0-3", "0-4", "4-3", "bytes 0-3/4"])
+def test_the_range_of_the_last_chunk_at_the_end(registry: RegistryHarness, field: str) -> None:
+    location = registry.request("PATCH", registry.start_upload(), b"1234", Content_Range="0-3").headers["Location"]
+    target = f"{location}?digest={Digest.of(b'1234')}"
+    assert registry.request("PUT", target, b"", Content_Range=field).status == 201
+
+
 @pytest.mark.parametrize("field", ["bytes 0-3", "x", "0-4"])
 def test_inconsistent_chunk(registry: RegistryHarness, field: str) -> None:
     location = registry.start_upload()
