@@ -142,16 +142,24 @@ class Response:
     async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
         """Return the whole content. Raise as `read_chunk` does, and `UpstreamBroken` if it exceeds `limit` bytes.
 
+        On any error the response is aborted, so no connection stays open because its reader has left.
+
         With a `digest`, content that matches it is returned whatever the framing and coding: also if the connection was
         cut off, and as it was sent if only that matches.
         """
+        try:
+            return await self._read_all(limit, digest)
+        except BaseException:
+            self.abort()
+            raise
+
+    async def _read_all(self, limit: int, digest: Digest | None) -> bytes:
         parts, size = [], 0
         cut_off = None
         try:
             while data := await self.read_chunk():
                 size += len(data)
                 if size > limit:
-                    self.abort()
                     raise UpstreamBroken(f"{self._connection.authority}: its response exceeds {limit} bytes")
                 parts.append(data)
         except ResponseCutOff as error:

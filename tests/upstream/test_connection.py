@@ -93,6 +93,18 @@ class ConnectionTests(SynchronousTestCase):
         self.assertFalse(self.transport.disconnecting)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
+    def test_nobody_reads_on_for_a_reader_that_has_left(self) -> None:
+        """Otherwise the connection stays open for ever with a full buffer, which a server and a client can repeat."""
+        for read in (lambda response: response.read_all(1 << 20), lambda response: response.discard()):
+            self.setUp()
+            pending = self.exchange()
+            self.receive(OK[:-2])
+            reading = Deferred.fromCoroutine(read(self.successResultOf(pending)))
+            reading.addErrback(lambda failure: failure.trap(CancelledError))
+            reading.cancel()
+            self.assertTrue(self.transport.disconnected)
+            self.assertEqual(self.clock.getDelayedCalls(), [])
+
     def test_connection_is_closed_if_the_server_says_so(self) -> None:
         for line in (b"Connection: Close\r\n", b"connection: x, close\r\n"):
             self.setUp()
