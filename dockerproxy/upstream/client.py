@@ -105,6 +105,11 @@ class UpstreamClient:
                 response = await self._follow_redirects(request, authorization, target_authorizations)
                 continue
             if isinstance(credential, ClientCredential):
+                if authorization is None and body is None:  # it redirects nothing but the ping
+                    await response.discard()
+                    authorization = Authorization(credential.authorization)
+                    response = await self._follow_redirects(request, authorization, target_authorizations)
+                    continue
                 break  # the challenge answers this client's credential, and says nothing about other clients
             challenges = parse_challenges(response.headers.all("www-authenticate"))
             self._authorizer.add_challenges(registry, challenges)

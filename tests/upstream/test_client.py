@@ -503,6 +503,17 @@ class UpstreamClientTests(TestCase):
         self.authorizer.set_ping_target(REGISTRY, None, [])
         self.assertEqual(await self.pull(mine), [(FRONT, "Bearer mine"), (PROPER, "Bearer t1")])
 
+    async def test_registry_that_redirects_the_ping_only(self) -> None:
+        """Or does no longer redirect: it gets the client's token itself if it asks, as without the proxy."""
+        proper, challenges = Registry.parse("http://proper.example"), parse_challenges([PROPER_BEARER])
+        self.authorizer.set_ping_target(REGISTRY, proper, challenges)
+        self.servers.respond = require_authorization("Bearer mine", challenge=PROPER_BEARER)
+        mine = ClientCredential("Bearer mine")
+        self.assertEqual(await self.pull(mine), [(FRONT, None), (FRONT, "Bearer mine")])
+        other = ClientCredential("Bearer other")
+        self.assertEqual(await self.pull(other, 401), [(FRONT, None), (FRONT, "Bearer other")])
+        self.assertEqual(self.servers.token_requests, [])
+
     async def test_token_goes_no_further(self) -> None:
         def respond(request: ServedRequest) -> ResponseTuple:
             host, _, path = request.url.partition("/")
