@@ -131,9 +131,16 @@ def login_warnings(
     shared_logins = [table[registry.host] for registry in registries if registry.host in table]
     for position, (host, login) in enumerate(logins.items(), 1):
         is_covered = (Wildcard.above(host) if isinstance(host, Host) else host) in served
-        is_used = is_covered or host in _HUB_HOSTS or login in shared_logins
-        if not is_used and not any(belong_together(host.name, registry.host.name) for registry in registries):
-            label = f"entry {position} ({host})" if position == 1 else f"entry {position}"
+        label = f"entry {position} ({host})" if position == 1 else f"entry {position}"
+        if is_covered or host in _HUB_HOSTS or login in shared_logins:
+            continue
+        at_other_ports = [one.host for one in registries if one.host.name == host.name and one.host not in table]
+        if isinstance(host, Host) and at_other_ports:
+            warnings.append(
+                f"AUTH_REGISTRIES: {label} is for another port than the registry {at_other_ports[0]}. Write "
+                f"{at_other_ports[0]}:USER:PASSWORD, unless only its token server is at that port."
+            )
+        elif not any(belong_together(host.name, registry.host.name) for registry in registries):
             warnings.append(
                 f"AUTH_REGISTRIES: {label} is never used, because its host is neither Docker Hub, nor in REGISTRIES, "
                 "nor the token server of a registry that is (unless one of them redirects to it). Add the registry to "

@@ -160,5 +160,16 @@ def test_unused_logins_are_reported() -> None:
     [warning] = login_warnings({QUAY.host: ONE, ghcr: TWO}, [HUB, QUAY])
     assert "entry 2 is never used" in warning  # without the host, which may be a part of a password
     assert "ghcr" not in warning
-    for logins in ({QUAY.host: ONE, realm: ONE}, {Host.parse("auth.quay.io"): ONE}, {Host.parse("quay.io:444"): ONE}):
+    other_port = Host.parse("quay.io:444")
+    for logins in ({QUAY.host: ONE, realm: ONE}, {Host.parse("auth.quay.io"): ONE}, {other_port: ONE, QUAY.host: TWO}):
         assert login_warnings(logins, [HUB, QUAY]) == []
+
+
+def test_a_login_for_another_port_is_reported() -> None:
+    """Nothing else would say so: the registry may have its token server there."""
+    registry = Registry.parse("http://registry.lan:5000")
+    [warning] = login_warnings({Host.parse("registry.lan"): ONE}, [HUB, registry])
+    assert "entry 1 (registry.lan) is for another port than the registry registry.lan:5000" in warning
+    assert "Write registry.lan:5000:USER:PASSWORD" in warning
+    [warning] = login_warnings({HUB.host: ONE, Host.parse("quay.io:444"): TWO}, [HUB, QUAY])
+    assert "entry 2 is for another port than the registry quay.io" in warning and "444" not in warning
