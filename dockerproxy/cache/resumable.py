@@ -21,7 +21,6 @@ from dockerproxy.upstream.content_coding import (
     Decoder,
     can_decode,
     content_codings,
-    decode,
     is_probably_coded,
 )
 from dockerproxy.upstream.retry import parse_retry_after
@@ -263,9 +262,9 @@ class ResumableGet:
         self._sent, size = [content], None if self._codings else response.length
         if ended and self._codings is None:
             with suppress(ValueError):
-                decoded = decode(content, codings, _SHORT_DECODED)
-                if Digest.of(decoded, self._digest.algorithm) == self._digest:
-                    self._codings, size = codings, len(decoded)
+                decoded_size = await self._decoded_size(content, codings)
+                if decoded_size is not None:
+                    self._codings, size = codings, decoded_size
             if Digest.of(content, self._digest.algorithm) == self._digest:
                 self._codings, size = (), len(content)
         elif self._codings is None:
@@ -276,6 +275,21 @@ class ResumableGet:
             self._decoder = Decoder(codings)
             size = size if ended else None
         return size
+
+    async def _decoded_size(self, content: bytes, codings: Sequence[str]) -> int | None:
+        """Return the size of the decoded content if that is the blob, else None. Raise ValueError if it is malformed.
+
+        It is decoded in small steps, because a few KiB may become _SHORT_DECODED bytes.
+        """
+        decoder, hasher, size = Decoder(codings), self._digest.hasher(), 0
+        for piece in decoder.feed(content):
+            hasher.update(piece)
+            size += len(piece)
+            if size > _SHORT_DECODED:
+                return None
+            await deferLater(self._clock, 0)
+        decoder.finish()
+        return size if hasher.hexdigest() == self._digest.hex else None
 
     async def _read_content(self, response: UpstreamResponse, at_least: int, timeout: float) -> list[bytes]:
         """Return the next pieces of the blob; none at the end."""

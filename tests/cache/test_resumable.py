@@ -21,6 +21,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import parse_repository
+from dockerproxy.upstream.content_coding import PIECE_SIZE
 from dockerproxy.upstream.credentials import Anonymous
 from tests.cache.support.harness import HUB, result
 from tests.cache.support.reactor import ManualReactor
@@ -612,6 +613,21 @@ def test_a_coded_part_that_nobody_asked_for(offset: int) -> None:
         harness.open()
     assert len(harness.ranges) <= 4
     assert all(response.ended for response in harness.upstream.responses)
+
+
+def test_a_few_kib_that_are_a_lot_are_decoded_in_steps() -> None:
+    data = bytes(2 << 20)
+    harness = ResumableGetHarness(data=data)
+    harness.on(coded(gzip.compress))
+    opening = Deferred.fromCoroutine(harness.resumable_get.open())
+    steps = 0
+    while not opening.called:
+        [call] = harness.reactor.getDelayedCalls()
+        call.func(*call.args)
+        call.cancel()
+        steps += 1
+    assert steps >= len(data) // PIECE_SIZE
+    assert harness.read() == data[: 4 * PIECE_SIZE]
 
 
 def test_resuming_within_content_that_is_gzip_itself() -> None:
