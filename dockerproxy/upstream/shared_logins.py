@@ -95,11 +95,14 @@ class SharedLogins:
         self._refusals: BoundedDict[Registry, _Refusal] = BoundedDict(_MAX_REGISTRIES)
         self._accepted: BoundedDict[Registry, Login] = BoundedDict(_MAX_REGISTRIES, ttl=_ACCEPTED_TTL, clock=clock)
         self._checks: SingleFlight[Registry, None] = SingleFlight()
-        self._questions: SingleFlight[tuple[Registry, Login | None], None] = SingleFlight()  # to the provider
+        self._reloads = 0
+        # To the provider, since the last reload or before.
+        self._questions: SingleFlight[tuple[int, Registry, Login | None], None] = SingleFlight()
 
     def configure(self, logins: Mapping[HostKey, Login], *, asks_provider: bool) -> None:
         """Use `logins` (AUTH_REGISTRIES), and the provider if it has any. Forget what is known about earlier ones."""
         self._configured, self.asks_provider = logins, asks_provider and self._shared
+        self._reloads += 1
         self._provided.clear()
         self._refusals.clear()
         self._accepted.clear()
@@ -154,10 +157,14 @@ class SharedLogins:
             spawn(self._ask_provider(registry, None, client), f"getting the login for {registry}")
 
     async def _ask_provider(self, registry: Registry, refused: Login | None, client: str) -> None:
-        await self._questions.do((registry, refused), lambda: self._ask_provider_now(registry, refused, client))
+        key = self._reloads, registry, refused
+        await self._questions.do(key, lambda: self._ask_provider_now(registry, refused, client))
 
     async def _ask_provider_now(self, registry: Registry, refused: Login | None, client: str) -> None:
+        reloads = self._reloads
         provided = await self._provider.get_login(registry.host, refused, client)
+        if reloads != self._reloads:
+            return  # the answer of a helper that may have been removed
         known = self._provided.get(registry)
         login, setting = (None, "") if provided is None else (provided.login, provided.setting)
         drops_another = known is None and len(self._provided) >= _MAX_REGISTRIES

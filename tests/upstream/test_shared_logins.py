@@ -264,6 +264,20 @@ class TestProvider:
         self.obtain(logins)
         assert logins.shared.login_for(OTHER) is None
 
+    def test_an_answer_of_before_a_reload_does_not_count(self, logins: Logins) -> None:
+        """Its helper may have been removed, and nobody would ask again whether its login still counts."""
+        old = logins.source.pending = Deferred()
+        early = Deferred.fromCoroutine(logins.shared.obtain(OTHER, "10.0.0.1", is_open=False))
+        logins.shared.configure({}, asks_provider=True)
+        logins.source.pending = None
+        logins.source.provided = {OTHER.host: NEW}
+        self.obtain(logins)
+        assert logins.shared.login_for(OTHER) == NEW
+        logins.source.provided = {OTHER.host: OLD}
+        old.callback(None)
+        assert early.called
+        assert logins.shared.login_for(OTHER) == NEW
+
 
 class TestEndedLogins:
     @pytest.fixture
