@@ -82,7 +82,7 @@ class Companions:
         if len(index) > _MAX_REFERRERS:
             try_remove(self._records, REFERRERS, key, str(subject))
         elif self._links.has_manifest(key, subject):
-            value = {"public": public, "index": index.decode("utf-8", "surrogateescape")}
+            value = {"public": public, "index": index.decode("latin-1")}
             if self._records.get(REFERRERS, key, str(subject)) != value:
                 try_put(self._records, value, REFERRERS, key, str(subject))
 
@@ -92,7 +92,10 @@ class Companions:
         index = saved.get("index")
         if not isinstance(index, str) or not self._may_know(principal, outage, saved.get("public") is True):
             return None
-        return index.encode("utf-8", "surrogateescape")
+        try:
+            return index.encode("latin-1")
+        except UnicodeEncodeError:  # not ours
+            return None
 
     def _may_know(self, principal: UpstreamPrincipal, outage: RegistryError, public: bool) -> bool:
         return self._access.outage_identity(principal, outage, public=public) is not None

@@ -22,6 +22,7 @@ from dockerproxy.store.tree_reader import Missing, UnsafeFile, list_names, open_
 _MAX_CACHED = 10_000
 _MAX_SIZE = 64 * 1024
 """Bytes of a document. A larger file is not ours, and would take long to parse."""
+_MAX_KEPT = 8 * 1024  # bytes of a document that stays in memory; 10,000 of the longest would take hundreds of MiB
 _MAX_COMPONENT = 120
 _SUFFIX, _STAGING = "~.json", "~staging"
 
@@ -42,8 +43,8 @@ class Records:
     """Documents below `root`, each in a file that only the daemon's user can read. Thread-safe.
 
     A document cached in memory is valid while `stat` shows that its file is unchanged. In this way several processes
-    see each other's writes. At most `max_cached` documents stay in memory. `on_create` is called after each new file or
-    directory.
+    see each other's writes. At most `max_cached` short documents stay in memory. `on_create` is called after each new
+    file or directory.
     """
 
     root: Path
@@ -75,7 +76,10 @@ class Records:
         if record is None or record.signature != signature:
             record = _CachedRecord(path, None, None) if signature is None else _load(path, key)
         with self._lock:
-            self._cache[key] = record
+            if record.signature is None or record.signature[2] <= _MAX_KEPT:
+                self._cache[key] = record
+            else:
+                self._cache.pop(key)
         return record.value
 
     def put(self, value: Mapping[str, Any], *key: str) -> None:

@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def test_torn_or_foreign_files_count_as_absent(tmp_path: Path, content: bytes) -
     assert records.get("a") is None
     records.put({"x": 2}, "a")
     assert records.get("a") == {"x": 2}
+
+
+def test_only_short_records_stay_in_memory(tmp_path: Path) -> None:
+    """A registry can make us remember long ones, such as the referrers of each of its images."""
+    records = Records(tmp_path)
+    for number in range(200):
+        records.put({"text": "x" * 20_000}, "long", str(number))
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            assert records.get("long", str(number)) == {"text": "x" * 20_000}
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000  # not 4 MB
+    finally:
+        tracemalloc.stop()
+    records.put({"text": "short"}, "long", "1")
+    assert records.get("long", "1") == {"text": "short"}
 
 
 def test_a_cached_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
