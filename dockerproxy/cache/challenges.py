@@ -225,7 +225,7 @@ class Challenges:
         return not service or services <= {service, *(value for name, value in realm.parameters if name == "service")}
 
     def has_foreign_realm(self, registry: Registry) -> bool:
-        """Return whether clients of `registry` get tokens of which this proxy learns nothing."""
+        """Return whether clients of `registry` may get tokens of which this proxy learns nothing."""
         is_foreign = self._foreign.get(registry)
         if is_foreign is None:
             realm = self.realm(registry)
@@ -249,6 +249,14 @@ class Challenges:
             and (other == server or belong_together(server.host.name, other.host.name))
             for other in self._intercepted.values()
         )
+
+    def has_page_as_endpoint(self, registry: Registry, realm: Realm) -> bool:
+        """Return whether `realm`, which `registry` names, is on an intercepted host that does not confirm it.
+
+        It may be any page of another owner, so that requests to it are forwarded as they are.
+        """
+        is_intercepted = self._intercepted.get(realm.server.host) == realm.server
+        return is_intercepted and _is_safe(registry, realm) and not self.has_endpoint(registry, realm)
 
     def render_for(
         self, registry: Registry, fields: Iterable[str], *, secure: bool, local: bool = False

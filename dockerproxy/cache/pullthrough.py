@@ -7,6 +7,7 @@ that is used upstream for the client, and delegates to `manifests` and `blobs`.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -18,7 +19,7 @@ from dockerproxy.cache.challenges import TOKEN_PATH, Challenges, Realm
 from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.identity import INVALID_TOKEN, PUBLIC, Identities, LocalToken, client_authorization
 from dockerproxy.cache.manifests import CachedManifests
-from dockerproxy.cache.token_endpoint import TokenEndpoint, TokenRequest
+from dockerproxy.cache.token_endpoint import ObservedResponse, TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
     DecodedResponse,
     RegistryClient,
@@ -56,9 +57,13 @@ from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
 from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.content_coding import can_decode, content_codings
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+from dockerproxy.upstream.form_body import FormBody
 from dockerproxy.upstream.shared_logins import SharedLogins
 
 T = TypeVar("T")
+
+Observer = Callable[[UpstreamResponse, bytes], bool]
+"""Gets a response to a token request, and its body. Returns whether it could be read."""
 
 
 @define
@@ -123,6 +128,32 @@ class PullThrough:
             return await self.token_endpoint.forward(registry, realm, request)
         serves_all = any(self.logins.login_for(one) is not None for one in served)
         return await self.token_endpoint.token(registry, realm, request, serves_all=serves_all)
+
+    def registry_naming(self, host: Registry, path: str) -> Registry | None:
+        """Return a registry that names `path` of `host` as its realm, if it may be a page of another owner."""
+        endpoint = Realm(host, path)
+        for registry in self.registries:
+            realm = self.challenges.realm(registry)
+            if endpoint.has_endpoint_of(realm) and self.challenges.has_page_as_endpoint(registry, endpoint):
+                return registry
+        return None
+
+    def observer(self, registry: Registry, request: TokenRequest) -> Observer | None:
+        """Return a function that learns from the response of the realm of `registry` to `request`.
+
+        Return None if that would be no token of one login for `registry`.
+        """
+        try:
+            realm = self._realm_for(registry, request.query)
+            is_login = request.client_authorization() is not None and request.has_one_credential()
+            services = request.services()
+        except RegistryError:  # it is forwarded as it is
+            return None
+        if not is_login or not realm.parameters <= {*parse_qsl(request.query, keep_blank_values=True)}:
+            return None
+        if not any(self.challenges.names_service(one, realm, services) for one in (registry, *self.registries)):
+            return None
+        return partial(self.token_endpoint.observe, realm, request)
 
     def _realm_for(self, registry: Registry, query: str) -> Realm:
         """Return the realm of `registry`; of those at the same URL, the one with parameters that `query` has.
@@ -413,6 +444,27 @@ class CachedRegistry:
             return response
 
         return await self._try(credential, send)
+
+    async def forward_token_request(
+        self,
+        registry: Registry,
+        method: str,
+        path: str,
+        headers: Headers,
+        form: bytes | None = None,
+        *,
+        client_connection: Hashable = None,
+    ) -> UpstreamResponse:
+        """Do the same as `forward_page`, and learn from the response if it is that of the realm of `registry`.
+
+        `headers` has nothing that may be a login. `form` is the body of a POST.
+        """
+        observe = self.cache.observer(registry, TokenRequest(path.partition("?")[2], self.authorization, form))
+        body = None if form is None else FormBody(form)
+        response = await self.forward_page(method, path, headers, body, client_connection=client_connection)
+        if observe is None or response.status not in (200, 401, 403):
+            return response
+        return ObservedResponse(response, partial(observe, response))
 
     async def forward_page(
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None

@@ -4,6 +4,9 @@ Requests with a credential are forwarded to the realm. Clients without one get t
 is good without this proxy too, because another program may use it. If the realm cannot be asked, both may get a local
 token. A realm may also issue tokens for other services than registries, such as notary.docker.io. Requests
 for those are forwarded.
+
+A realm on an intercepted host of another owner may be any page there, so that this proxy answers no request to it. It
+forwards them as they are, and learns from the responses which logins are right (`ObservedResponse`).
 """
 
 from __future__ import annotations
@@ -22,29 +25,34 @@ from dockerproxy.cache.anonymous_tokens import AnonymousTokens
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
-from dockerproxy.cache.upstream import UpstreamAgent, error_from_response, is_denial, may_be_guard
+from dockerproxy.cache.upstream import UpstreamAgent, UpstreamResponse, error_from_response, is_denial, may_be_guard
 from dockerproxy.errors import (
     BadRequest,
     CaptivePortalSuspected,
+    IntermediaryRefused,
     RegistryError,
     UpstreamBroken,
+    UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
     is_outage,
 )
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.stream import ClientBuffers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Host, Registry, Repository
+from dockerproxy.oci.names import Digest, Host, Registry, Repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.form_body import FormBody
 from dockerproxy.upstream.redirects import follow
+from dockerproxy.upstream.refusals import is_own_refusal
 from dockerproxy.upstream.urls import with_tls_at_usual_port
 
 _SAVE_INTERVAL = 300.0
 _MAX_FORM_FIELDS = 50
+_MAX_ATTEMPTS = 8  # to read a response that has not ended yet
 
 # Fields with which a client can log in (RFC 6749 and RFC 7521). Some servers ignore case.
 _LOGIN_FIELDS = frozenset({
@@ -86,7 +94,7 @@ class TokenRequest:
         Raise `BadRequest`.
         """
         names = self._login_fields()
-        return not names if self.authorization is not None else names in (["password", "username"], ["refresh_token"])
+        return names == [] if self.authorization is not None else names in (["password", "username"], ["refresh_token"])
 
     def has_no_credential(self) -> bool:
         """Return whether no token server takes a credential from the request. Raise `BadRequest`."""
@@ -174,26 +182,60 @@ class TokenEndpoint:
             issued = _parse_response(realm, content, self._clock())
         except RegistryError as error:
             return self._issue_after(error, realm, identity, request)
+        self._learn(realm, identity, authorization, request, issued)
+        return content
+
+    def observe(self, realm: Realm, request: TokenRequest, response: UpstreamResponse, content: bytes) -> bool:
+        """Learn from the response of `realm`, with the body `content`, to a request that was forwarded as it is.
+
+        Return False if it is neither a token nor a refusal. `request` has to have one credential, and nothing else that
+        a server could take for one.
+        """
+        authorization = request.client_authorization()
+        if authorization is None:
+            return False
+        identity = self._identities.for_authorization(str(realm), authorization)
+        if response.status in (401, 403):
+            is_own = is_own_refusal(response.status, response.headers, content)
+            refusal = (UpstreamRefused if is_own else IntermediaryRefused)(response.status, content, ())
+            self._learn_failure(refusal, realm, identity)
+            return True
+        try:
+            issued = _parse_response(realm, content, self._clock())
+        except RegistryError:
+            return False
+        self._learn(realm, identity, authorization, request, issued)
+        return True
+
+    def _learn(
+        self, realm: Realm, identity: str, authorization: str, request: TokenRequest, issued: TokenResponse
+    ) -> None:
+        """Remember that the realm has accepted the login, and whose the tokens are."""
         self._bind(realm, authorization, request.scopes(), issued)
         now, (authenticated_at, guarded) = self._clock(), self._last_authenticated(realm, identity)
         if guarded or now - authenticated_at > _SAVE_INTERVAL:
             try_put(self._records, {"at": now}, "client", str(realm.server), identity)
-        return content
+
+    def _learn_failure(self, error: RegistryError, realm: Realm, identity: str) -> None:
+        """Forget the login if the realm has refused it. Remember it if a guard may have."""
+        authenticated_at, guarded = self._last_authenticated(realm, identity)
+        if is_outage(error) and 0 <= self._clock() - authenticated_at < STALE_GRANT_TTL:
+            if may_be_guard(error) and not guarded:
+                try_put(self._records, {"at": authenticated_at, "guarded": True}, "client", str(realm.server), identity)
+        elif is_denial(error, identity):
+            try_remove(self._records, "client", str(realm.server), identity)
 
     def _issue_after(self, error: RegistryError, realm: Realm, identity: str, request: TokenRequest) -> bytes:
         """Return a local token in place of the realm's, if the client logged in a while ago. Raise `error` otherwise.
 
         Once a guard may have refused the login, the token only says "no login" until the realm accepts it again.
         """
+        self._learn_failure(error, realm, identity)
         authenticated_at, guarded = self._last_authenticated(realm, identity)
         if is_outage(error) and 0 <= self._clock() - authenticated_at < STALE_GRANT_TTL:
-            if may_be_guard(error) and not guarded:
-                try_put(self._records, {"at": authenticated_at, "guarded": True}, "client", str(realm.server), identity)
             if guarded or may_be_guard(error):
                 return self._issue(PUBLIC, frozenset())
             return self._issue(identity, readable_repositories(request.scopes()))
-        if is_denial(error, identity):
-            try_remove(self._records, "client", str(realm.server), identity)
         raise error
 
     async def _anonymous_token(self, realm: Realm, request: TokenRequest, serves_all: bool) -> bytes:
@@ -276,6 +318,53 @@ class TokenEndpoint:
     def _issue(self, identity: str, repositories: frozenset[Repository]) -> bytes:
         token = self._identities.issue_token(identity, repositories)
         return _render_response(token, token, TOKEN_LIFETIME, self._clock())
+
+
+class ObservedResponse(UpstreamResponse):
+    """A response to a token request that passes as it is. `observe` is called with the body before its end has passed.
+
+    It returns False if the body is not complete yet.
+    """
+
+    def __init__(self, response: UpstreamResponse, observe: Callable[[bytes], bool]) -> None:
+        self.status, self.headers, self.length = response.status, response.headers, response.length
+        self._response = response
+        self._observe: Callable[[bytes], bool] | None = observe
+        self._content = b""
+        self._attempts = 0
+
+    async def read_chunk(self) -> bytes:
+        """Return the next piece of the content; ``b""`` at the end. Raise `UpstreamError`."""
+        piece = await self._response.read_chunk()
+        if self._observe is not None:
+            self._content += piece
+            if len(self._content) > MAX_TOKEN_RESPONSE:
+                self._observe, self._content = None, b""
+            elif not piece or self._content.rstrip().endswith(b"}"):  # the client may use the token at once
+                self._attempts += 1
+                if self._observe(self._content) or self._attempts == _MAX_ATTEMPTS:
+                    self._observe, self._content = None, b""
+        return piece
+
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
+        """Return the next piece in a list; an empty list at the end."""
+        piece = await self.read_chunk()
+        return [piece] if piece else []
+
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        return await self._response.read_all(limit, digest)
+
+    def limit_read_ahead(self, size: int) -> None:
+        self._response.limit_read_ahead(size)
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        self._response.count_for(buffers)
+
+    async def discard(self) -> None:
+        await self._response.discard()
+
+    def abort(self) -> None:
+        self._response.abort()
 
 
 def _render_response(token: str, access_token: str, lifetime: float, now: float) -> bytes:

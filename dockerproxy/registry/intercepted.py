@@ -22,6 +22,7 @@ from dockerproxy.registry.upstream import (
     check_push,
     forward_page,
     forward_request,
+    forward_token_request,
     handle_list,
 )
 
@@ -40,6 +41,9 @@ class TokenService(Protocol):
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         """Return the registry whose token endpoint is at `path` of `host`, or None."""
+
+    def registry_naming(self, host: Registry, path: str) -> Registry | None:
+        """Return a registry that names `path` of `host`, which may be a page of another owner, as its token server."""
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
         """Return the JSON document for the client."""
@@ -87,6 +91,9 @@ class Intercepted:
             check_push(request, self._allow_push)
         if registry != server:
             upstream = self._open_registry(server, request.headers.get("authorization"), request.client)
+        naming = self._token_service.registry_naming(server, request.path)
+        if naming is not None and request.method in ("GET", "POST"):
+            return forward_token_request(request, upstream, naming)
         return forward_page(request, upstream)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:

@@ -12,9 +12,9 @@ from attrs import frozen
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
 from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.message import SAFE_METHODS
+from dockerproxy.http.message import SAFE_METHODS, body_framing
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Host, Repository
+from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import LIST_KINDS, Target
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
@@ -25,6 +25,13 @@ _NOT_FORWARDED = ("authorization", "host", "content-length", "expect")
 # Request fields of a list. Our own login may go along, so nothing else does: no cookie, and no X-HTTP-Method-Override.
 _LIST_REQUEST_FIELDS = frozenset({"accept", "if-modified-since", "if-none-match", "user-agent"})
 
+# Request fields of clients at token servers that cannot be a login, beside the Authorization.
+_TOKEN_REQUEST_FIELDS = frozenset({
+    "accept", "accept-language", "cache-control", "content-type", "pragma", "traceparent", "tracestate", "user-agent",
+})  # fmt: skip
+_FORM_TYPE = "application/x-www-form-urlencoded"
+
+_MAX_FORM = 64 * 1024
 _MAX_ERROR_BODY = 64 * 1024
 
 # RFC 8288, section 3, as distribution-spec 1.1 has it: `</v2/NAME/tags/list?n=2&last=x>; rel="next"`.
@@ -63,6 +70,18 @@ class UpstreamRegistry(PullBackend, Protocol):
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
     ) -> RegistryResponse:
         """Send a request that is not of the API as it is, with the client's own login. Return the response."""
+
+    async def forward_token_request(
+        self,
+        registry: Registry,
+        method: str,
+        path: str,
+        headers: Headers,
+        form: bytes | None = None,
+        *,
+        client_connection: Hashable = None,
+    ) -> RegistryResponse:
+        """Do the same for a request to a page that `registry` names as its token server. `form` is a POST's body."""
 
     def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
         """Return the error for a client whose pull from `name` failed with `error`: a 401 if a login would help."""
@@ -119,6 +138,25 @@ async def forward_request(request: Request, upstream: UpstreamRegistry, target: 
     await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
 
 
+async def forward_token_request(request: Request, upstream: UpstreamRegistry, registry: Registry) -> None:
+    """Forward a request to a page that `registry` names as its token server.
+
+    The proxy learns from the response if the request is one that a token server reads in one way only.
+    """
+    headers = request.headers.end_to_end().without(*_NOT_FORWARDED, "accept-encoding")
+    length = body_framing(request.head)
+    is_form = (headers.get("content-type") or "").partition(";")[0].strip().lower() == _FORM_TYPE
+    is_readable = (is_form and length is not None and length <= _MAX_FORM) if request.method == "POST" else length == 0
+    if not is_readable or not {name for name, _ in headers} <= _TOKEN_REQUEST_FIELDS:
+        return await forward_page(request, upstream)
+    request.cache_status, request.kind = "PASS", "token"
+    form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
+    response = await upstream.forward_token_request(
+        registry, request.method, _path_and_query(request), headers, form, client_connection=request.connection_number
+    )
+    await _forward_page_response(request, response)
+
+
 async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
     """Forward a request that is not of the API: to a web page, a git repository or another API of the same host.
 
@@ -130,6 +168,10 @@ async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
     response = await upstream.forward_page(
         request.method, _path_and_query(request), headers, body, client_connection=request.connection_number
     )
+    await _forward_page_response(request, response)
+
+
+async def _forward_page_response(request: Request, response: RegistryResponse) -> None:
     request.security_fields = ""  # the page has its own
     fields = [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
     await forward_response(request, response, fields)

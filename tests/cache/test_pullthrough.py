@@ -821,6 +821,7 @@ def learn_challenge(harness: CacheHarness, registry: Registry, *parameters: str)
     harness.records.put({"fields": fields, "checked": harness.now()}, "challenge", str(registry))
 
 
+OTHER_HOST = Registry.parse("other.example")
 TENANTS = tuple(map(Registry.parse, ("one.example", "blue.example", "green.example", "auth.example")))
 
 
@@ -851,6 +852,167 @@ def test_registries_with_one_realm_and_a_query_each(
     if login is not None:
         client = harness.identities.for_authorization(identity, login)
         assert harness.records.get("client", "auth.example", client) is not None
+
+
+ELSEWHERE = Registry.parse("logins.example")
+LOGIN_OF_ALICE = BasicCredentials("alice", "pw").authorization
+PATH_OF_TOKEN = f"/token?service=s&scope=repository:{APP}:pull"
+ISSUED = b'{"token":"issued","expires_in":300}'
+
+
+def with_realm_elsewhere(
+    make_harness: Callable[..., CacheHarness], query: str = "", name: str = "other.example"
+) -> CacheHarness:
+    """Return a harness of a registry with a token server on an intercepted host of another owner."""
+    registry = Registry.parse(name)
+    harness = make_harness(registries=(registry, ELSEWHERE))
+    learn_challenge(harness, registry, f'realm="https://logins.example/token{query}"', 'service="s"')
+    return harness
+
+
+def ask_elsewhere(
+    harness: CacheHarness,
+    content: Any,
+    authorization: str | None = LOGIN_OF_ALICE,
+    path: str = PATH_OF_TOKEN,
+    form: bytes | None = None,
+) -> bytes:
+    """Forward a token request as the interception does it. Return the body that the client gets."""
+    harness.upstream.reset()
+    response = content if isinstance(content, ScriptedResponse) else ScriptedResponse(200, content)
+    for method in ("GET", "POST"):
+        harness.upstream.on(method, "^/", lambda request, data: response)
+    registry = harness.pull_through.registry_naming(ELSEWHERE, path.partition("?")[0])
+    assert registry is not None
+    client = harness.client(authorization, registry=ELSEWHERE)
+    method = "GET" if form is None else "POST"
+    forwarded = harness.run(client.forward_token_request(registry, method, path, Headers(), form))
+    request = harness.upstream.requests[-1]
+    assert (request.method, request.path, request.headers.get("authorization")) == (method, path, authorization)
+    body = b""
+    while piece := harness.run(forwarded.read_chunk()):
+        body += piece
+    return body
+
+
+def is_login_known(harness: CacheHarness, authorization: str = LOGIN_OF_ALICE, query: str = "") -> bool:
+    client = harness.identities.for_authorization(f"https://logins.example/token{query}", authorization)
+    return harness.records.get("client", "logins.example", client) is not None
+
+
+def test_logins_at_a_page_that_is_a_token_server(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = with_realm_elsewhere(make_harness)
+    assert ask_elsewhere(harness, ISSUED) == ISSUED
+    assert is_login_known(harness) and harness.identities.is_bound("Bearer issued")
+    token = ClientCredential("Bearer issued")
+    alice = harness.identities.for_authorization("https://logins.example/token", LOGIN_OF_ALICE)
+    for name, is_hers in ((APP, True), ("other/app", False)):
+        identity = harness.identities.for_credential(OTHER, parse_repository(str(name)), token)
+        assert (identity == alice) is is_hers
+    harness.upstream.go_down()
+    registry = harness.pull_through.registry_naming(ELSEWHERE, "/token")
+    query = PATH_OF_TOKEN.partition("?")[2]
+    content = harness.run(harness.pull_through.token(registry, query, LOGIN_OF_ALICE, None))
+    local = harness.identities.read_token(f"Bearer {json.loads(content)['token']}")
+    assert local is not None and local.identity_at(parse_repository(str(APP))) == alice
+    with pytest.raises(UpstreamUnreachable):
+        harness.run(harness.pull_through.token(registry, query, BasicCredentials("alice", "x").authorization, None))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_login_at_such_a_page(make_harness: Callable[..., CacheHarness], status: int) -> None:
+    harness = with_realm_elsewhere(make_harness)
+    ask_elsewhere(harness, ISSUED)
+    for content, fields, is_known in (
+        (b"<html>", {"content-type": "text/html"}, True),  # a wall's
+        (b'{"details":"no"}', {}, False),
+    ):
+        assert ask_elsewhere(harness, ScriptedResponse(status, content, fields)) == content
+        assert is_login_known(harness) is is_known
+    ask_elsewhere(harness, ScriptedResponse(500, ISSUED))
+    assert not is_login_known(harness)
+
+
+def test_a_token_in_pieces(make_harness: Callable[..., CacheHarness]) -> None:
+    """The login is known before the client has the last byte, which it need not wait for the end of the body for."""
+    harness = with_realm_elsewhere(make_harness)
+    response = ScriptedResponse(200, b'{"a":{},"token":"issued"}', length=None, sent=8)
+    harness.upstream.on("GET", "^/", lambda request, data: response)
+    client = harness.client(LOGIN_OF_ALICE, registry=ELSEWHERE)
+    forwarded = harness.run(client.forward_token_request(OTHER_HOST, "GET", PATH_OF_TOKEN, Headers()))
+    assert harness.run(forwarded.read_chunk()) == b'{"a":{},"token":"issued"}'[:8]
+    assert not is_login_known(harness)
+    response.send()
+    harness.run(forwarded.read_chunk())
+    assert is_login_known(harness)
+    response.finish()
+    assert harness.run(forwarded.read_chunk()) == b""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"<html>", b"", b"{}", b'{"token":5}', b'{"token":"a b"}', b"[" * 60_000, b"}" * 70_000, b'{"token":',
+     ISSUED[:-1] + b" " * 70_000 + b"}"],
+)  # fmt: skip
+def test_other_content_of_such_a_page(make_harness: Callable[..., CacheHarness], content: bytes) -> None:
+    harness = with_realm_elsewhere(make_harness)
+    assert ask_elsewhere(harness, content) == content
+    assert not is_login_known(harness)
+
+
+@pytest.mark.parametrize(
+    ("authorization", "path", "form"),
+    [
+        (None, PATH_OF_TOKEN, None),
+        (LOGIN_OF_ALICE, f"{PATH_OF_TOKEN}&username=bob&password=x", None),
+        (LOGIN_OF_ALICE, f"{PATH_OF_TOKEN};access_token=x", None),
+        (LOGIN_OF_ALICE, PATH_OF_TOKEN, b"username=bob&password=x"),
+        (None, PATH_OF_TOKEN, b"username=alice"),
+        (None, PATH_OF_TOKEN, b"&".join(b"x=1" for _ in range(60))),
+        (None, "/token?service=notary", b"username=alice&password=pw&service=notary"),
+        (LOGIN_OF_ALICE, "/token?service=notary", None),
+    ],
+)
+def test_requests_to_such_a_page_that_are_no_login(
+    make_harness: Callable[..., CacheHarness], authorization: str | None, path: str, form: bytes | None
+) -> None:
+    harness = with_realm_elsewhere(make_harness)
+    assert ask_elsewhere(harness, ISSUED, authorization, path, form) == ISSUED
+    assert not is_login_known(harness) and not harness.identities.is_bound("Bearer issued")
+
+
+@pytest.mark.parametrize("form", [b"username=alice&password=pw&service=s", b"refresh_token=r&service=s"])
+def test_login_by_form_at_such_a_page(make_harness: Callable[..., CacheHarness], form: bytes) -> None:
+    harness = with_realm_elsewhere(make_harness)
+    assert ask_elsewhere(harness, ISSUED, None, "/token", form) == ISSUED
+    assert is_login_known(harness, LOGIN_OF_ALICE if b"username" in form else "Refresh r")
+
+
+@pytest.mark.parametrize(("query", "is_known"), [("tenant=blue&", True), ("", False), ("tenant=green&", False)])
+def test_tenants_of_such_a_page(make_harness: Callable[..., CacheHarness], query: str, is_known: bool) -> None:
+    """Without the tenant of the realm, the token is another server's."""
+    harness = with_realm_elsewhere(make_harness, "?tenant=blue")
+    ask_elsewhere(harness, ISSUED, path=f"/token?{query}service=s")
+    assert is_login_known(harness, query="?tenant=blue") is is_known
+    assert not is_login_known(harness)
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "path", "named"),
+    [
+        ("other.example", "https://logins.example", "/token", True),
+        ("http://other.example", "https://logins.example", "/token", True),
+        ("other.example", "https://logins.example", "/tokens", False),
+        ("other.example", "https://logins.example:444", "/token", False),
+        ("other.example", "http://logins.example", "/token", False),
+        ("registry.logins.example", "https://logins.example", "/token", False),  # it is the registry's own
+    ],
+)
+def test_pages_that_registries_name(
+    make_harness: Callable[..., CacheHarness], name: str, host: str, path: str, named: bool
+) -> None:
+    harness = with_realm_elsewhere(make_harness, name=name)
+    assert (harness.pull_through.registry_naming(Registry.parse(host), path) is not None) is named
 
 
 @pytest.mark.parametrize("login", [None, BasicCredentials("alice", "pw").authorization])

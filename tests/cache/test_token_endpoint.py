@@ -164,9 +164,19 @@ def test_realm_without_anonymous_tokens(harness: CacheHarness, status: int) -> N
     assert local_identity(harness, content) == "public"
 
 
-@pytest.mark.parametrize(
-    "query", [f"{QUERY}&password=x", f"{QUERY}&Access_Token=x", f"{QUERY};password=x", f"{QUERY}&client_secret="]
-)
+ELSEWHERE = [f"{QUERY}&password=x", f"{QUERY}&Access_Token=x", f"{QUERY};password=x", f"{QUERY}&client_secret="]
+
+
+@pytest.mark.parametrize("query", ELSEWHERE)
+def test_a_login_beside_a_credential_elsewhere_is_not_confirmed(harness: CacheHarness, query: str) -> None:
+    """The realm may have taken the other one, and the login may be guessed."""
+    script_realm(harness, respond_with_token())
+    assert ask(harness, ALICE, query=query) == TOKEN
+    assert not harness.identities.is_bound("Bearer upstreams")
+    assert harness.records.get("client", str(REALM.server), alice(harness)) is None
+
+
+@pytest.mark.parametrize("query", ELSEWHERE)
 def test_a_credential_elsewhere_is_the_realms_business(harness: CacheHarness, query: str) -> None:
     """Its token may be more than nobody's, so it is neither bound nor handed out to others."""
     script_realm(harness, respond_with_token())

@@ -48,7 +48,7 @@ SOURCES = (
     Source("redirecting", "a registry that redirects blobs to a store", "redirecting.test"),
     Source("hub-private", "Docker Hub, a private image", "docker.io", has_login=True),
     Source("token", "private, with a token server on a host that is not in REGISTRIES", "private.test", has_login=True),
-    Source("listed", "private, with a token server on a host in REGISTRIES", "registry.listed.test", has_login=True),
+    Source("listed", "private, with a token server on a host in REGISTRIES", "listed.test", has_login=True),
     Source("basic", "private, with Basic authentication", "basic.test", has_login=True),
     Source("shared", "private, with the login in AUTH_REGISTRIES", "shared.test", has_login=True, shared_login=True),
 )
@@ -82,7 +82,7 @@ class UpstreamSet:
         (folder / "listed-tokens").mkdir()
         self._hub_tokens = TokenServer(leaf("auth.docker.io").server_context(), folder / "hub-tokens")
         self._tokens = TokenServer(leaf("tokens.test").server_context(), folder / "tokens")
-        self._listed_tokens = TokenServer(leaf("auth.listed.test").server_context(), folder / "listed-tokens")
+        self._listed_tokens = TokenServer(leaf("logins.test").server_context(), folder / "listed-tokens")
         for server in (self._hub_tokens, self._tokens, self._listed_tokens):
             server.users.update(users)
         self._hub = DockerRegistry(
@@ -99,9 +99,9 @@ class UpstreamSet:
         )
         self._listed = DockerRegistry(
             folder / "listed",
-            "registry.listed.test",
-            leaf("registry.listed.test"),
-            token_auth_config(self._listed_tokens, realm="https://auth.listed.test/token"),
+            "listed.test",
+            leaf("listed.test"),
+            token_auth_config(self._listed_tokens, realm="https://logins.test/token"),
         )
         self._basic, self._shared = (
             DockerRegistry(
@@ -132,8 +132,8 @@ class UpstreamSet:
             "auth.docker.io:443": self._hub_tokens.port,
             "private.test:443": self._private.port,
             "tokens.test:443": self._tokens.port,
-            "registry.listed.test:443": self._listed.port,
-            "auth.listed.test:443": self._listed_tokens.port,
+            "listed.test:443": self._listed.port,
+            "logins.test:443": self._listed_tokens.port,
             "basic.test:443": self._basic.port,
             "shared.test:443": self._shared.port,
             "redirecting.test:443": self._redirecting.port,
@@ -144,7 +144,7 @@ class UpstreamSet:
     def settings(self) -> dict[str, str]:
         """The settings with which the daemon reaches all of them."""
         return {
-            "REGISTRIES": "redirecting.test private.test registry.listed.test auth.listed.test basic.test shared.test",
+            "REGISTRIES": "redirecting.test private.test listed.test logins.test basic.test shared.test",
             "AUTH_REGISTRIES": f"shared.test:{USER}:{self.password}",
             "ALLOW_PUSH": "true",
             "UPSTREAM_ADDRESSES": format_upstream_addresses(self.addresses),
@@ -205,7 +205,7 @@ class UpstreamSet:
             "docker.io": self._hub,
             "redirecting.test": self._stored,
             "private.test": self._private,
-            "registry.listed.test": self._listed,
+            "listed.test": self._listed,
             "basic.test": self._basic,
             "shared.test": self._shared,
         }[source.host]
@@ -213,7 +213,7 @@ class UpstreamSet:
         tokens = {
             "docker.io": self._hub_tokens,
             "private.test": self._tokens,
-            "registry.listed.test": self._listed_tokens,
+            "listed.test": self._listed_tokens,
         }.get(source.host)
         if tokens is not None:
             if source.has_login:

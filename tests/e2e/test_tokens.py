@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.harness.client_factory import ClientFactory, ProcessGroup
 from tests.e2e.harness.clients import Containerd, Podman, Skopeo, check_output
 from tests.e2e.harness.fake_registry import require_authorization
-from tests.e2e.harness.http_client import ProxyClient, basic_authorization, request_directly
+from tests.e2e.harness.http_client import BufferedResponse, ProxyClient, basic_authorization, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, build_small_image
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.token_network import PASSWORD, USER, TokenClient, TokenNetwork, TokenRealm
@@ -65,6 +65,16 @@ def add_guarded_registry(network: TokenNetwork, query: str = "", realm_host: str
     realm = network.add_realm(realm_host)
     realm.guard(network.add_registry(REGISTRY), f"https://{realm_host}/token{query}", "a")
     return realm
+
+
+def wait_for(action: Callable[[], bool]) -> None:
+    """Repeat `action` until it returns True: a realm counts as answering for 5 s."""
+    for _ in range(100):
+        with suppress(OSError, AssertionError):
+            if action():
+                return
+        time.sleep(0.1)
+    pytest.fail("no token during the outage")
 
 
 PATHS_OF_A_TOKEN = [
@@ -142,13 +152,37 @@ def test_outage_with_a_token_server_elsewhere(
     client = client_of(network, start(PROXY_CONNECT_TIMEOUT="5"))
     assert client.pull(REGISTRY, "public", f"blobs/{digest}").body == b"public"
     network.stop() if gone == "all" else realm.stop()
-    for _ in range(100):  # the realm counts as answering for 5 s
-        with suppress(OSError, AssertionError):
-            assert client.pull(REGISTRY, "public", f"blobs/{digest}").body == b"public"
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail(f"no token from {client.realm}")
+    wait_for(lambda: client.pull(REGISTRY, "public", f"blobs/{digest}").body == b"public")
+
+
+@pytest.mark.parametrize("by_form", [False, True])
+@pytest.mark.parametrize("query", ["", "?tenant=blue"])
+def test_outage_of_a_listed_token_server_with_logins(
+    network: TokenNetwork, start: StartDaemon, by_form: bool, query: str
+) -> None:
+    """The proxy forwards requests to a host of another owner as they are, but it learns which login is right."""
+    realm = add_guarded_registry(network, query)
+    realm.private.add("private")
+    realm.required = {"tenant": "blue"} if query else {}
+    network.registries.append(REALM)
+    digest = network.registry(REGISTRY).put_blob("private", b"private")
+    client = client_of(network, start(PROXY_CONNECT_TIMEOUT="5"))
+
+    def pull(password: str) -> BufferedResponse:
+        if by_form:
+            token = client.token_by_form(REGISTRY, "private", USER, password)
+        else:
+            token = client.token(REGISTRY, "private", basic_authorization(USER, password)) or ""
+        url = f"https://{REGISTRY}/v2/private/blobs/{digest}"
+        return client.get(url, {"Authorization": f"Bearer {token}"}, by_proxy=True)
+
+    assert pull(PASSWORD).body == b"private"
+    assert client.realm == f"https://{REALM}/token{query}"
+    network.stop()
+    wait_for(lambda: pull(PASSWORD).body == b"private")
+    with pytest.raises(AssertionError, match="502"):
+        pull("guessed")
+    assert client.pull(REGISTRY, "private", f"blobs/{digest}").status != 200
 
 
 @pytest.mark.parametrize("order", [(REGISTRY, "second.test"), ("second.test", REGISTRY)])
@@ -223,6 +257,25 @@ def test_shared_login_serves_the_bearer_of_any_anonymous_token(
     network.stop()
     token = "Bearer fetched-elsewhere"
     assert client.get(url, {"Authorization": token}, by_proxy=True).body == b"private"
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_shared_login_needs_no_token_where_the_token_server_refuses_strangers(
+    network: TokenNetwork, start: StartDaemon, listed: bool
+) -> None:
+    """BuildKit asks for content without a ping. A client that begins with one is told to get its token here."""
+    realm = add_guarded_registry(network)
+    realm.private.add("private")
+    digest = network.registry(REGISTRY).put_blob("private", b"private")
+    if listed:
+        network.registries.append(REALM)
+    logins = f"{REALM}:{USER}:{PASSWORD} {REGISTRY}:{USER}:{PASSWORD}"
+    client = client_of(network, start(AUTH_REGISTRIES=logins))
+    url = f"https://{REGISTRY}/v2/private/blobs/{digest}"
+    for _ in ("cold", "warm"):
+        assert client.get(url, by_proxy=True).body == b"private"
+        assert client.pull(REGISTRY, "private", f"blobs/{digest}").body == b"private"
+        assert client.realm == f"https://{REGISTRY}/.well-known/docker-registry-proxy/token"
 
 
 # fronts

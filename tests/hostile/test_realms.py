@@ -111,6 +111,28 @@ def test_a_page_of_another_host_is_no_realm(network: HostileNetwork, start_daemo
     assert network.good.requests[-1].headers["authorization"] == ALICE
 
 
+@pytest.mark.parametrize("field", ["Cookie", "Private-Token"])
+def test_a_page_does_not_confirm_a_guessed_login(
+    network: HostileNetwork, start_daemon: StartRegistryDaemon, field: str
+) -> None:
+    """The page knows mallory by another field. Her guess beside it is right, but nobody has said so to the proxy."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        is_known = exchange.request.headers.get(field.lower()) == "mallory"
+        exchange.respond(200, {"Content-Type": "application/json"}, b'{"token":"of-mallory"}' if is_known else b"{}")
+
+    network.good.add_rule("GET", "^/session", respond)
+    challenge_with(network.evil, f"{GOOD}/session", service="s")
+    client = start_daemon().client
+    assert realm_url(client, EVIL) == f"{GOOD}/session"
+    query = "service=s&scope=repository:app:pull"
+    page = client.request("GET", f"{GOOD}/session?{query}", {"Authorization": ALICE, field: "mallory"})
+    assert page.json == {"token": "of-mallory"}
+    network.stop()
+    local = f"{EVIL}/.well-known/docker-registry-proxy/token?{query}"
+    assert client.get(local, Authorization=ALICE).status == 502
+
+
 def use_login(
     network: HostileNetwork, start_daemon: StartRegistryDaemon, registry: str, realm: str, logins: str
 ) -> tuple[int, list[str | None], str]:

@@ -253,6 +253,7 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.referrers_result: Any = None
         self.body_chunks: list[bytes] = []
         self.realms: dict[tuple[str, str], Registry] = {}
+        self.named_pages: dict[tuple[str, str], Registry] = {}
         self.token_calls: list[Any] = []
 
     def open_registry(self, registry: Registry, authorization: str | None, client: str) -> FakeUpstreamRegistry:
@@ -280,6 +281,19 @@ class FakeUpstreamRegistry(FakePullBackend):
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: object = None
     ) -> FakeRegistryResponse:
         return await self._respond(method, path, None, headers, body)
+
+    async def forward_token_request(
+        self,
+        registry: Registry,
+        method: str,
+        path: str,
+        headers: Headers,
+        form: bytes | None = None,
+        *,
+        client_connection: object = None,
+    ) -> FakeRegistryResponse:
+        self.token_calls.append((registry, method, path, form))
+        return await self._respond(method, path, None, headers, None)
 
     async def _respond(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any
@@ -315,6 +329,9 @@ class FakeUpstreamRegistry(FakePullBackend):
 
     def registry_for_realm(self, host: Registry, path: str) -> Registry | None:
         return self.realms.get((str(host), path))
+
+    def registry_naming(self, host: Registry, path: str) -> Registry | None:
+        return self.named_pages.get((str(host), path))
 
     async def token(self, registry: Registry, query: str, authorization: str | None, form: bytes | None) -> bytes:
         self.token_calls.append((registry, query, authorization, form))

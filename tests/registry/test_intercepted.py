@@ -595,6 +595,42 @@ def test_form_size_is_limited(connect_intercepted: Any, upstream: Any) -> None:
     assert len(upstream.token_calls) == 1
 
 
+LOGIN = ("Authorization", "Basic eA==")
+FORM = ("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "body", "learns"),
+    [
+        ("GET", [LOGIN, ("User-Agent", "docker/1"), ("Accept-Encoding", "gzip")], b"", True),
+        ("POST", [FORM], b"username=u&password=p", True),
+        ("POST", [FORM], b"x" * 65_536, True),
+        ("GET", [LOGIN, ("Cookie", "session=of-another")], b"", False),
+        ("GET", [LOGIN, ("Private-Token", "of-another")], b"", False),
+        ("GET", [LOGIN], b"username=u", False),
+        ("POST", [FORM, ("Cookie", "a=b")], b"username=u&password=p", False),
+        ("POST", [("Content-Type", "application/json")], b"{}", False),
+        ("POST", [], b"username=u", False),
+        ("POST", [FORM], b"x" * 65_537, False),
+        ("POST", [FORM, ("Transfer-Encoding", "chunked")], b"1\r\nx\r\n0\r\n\r\n", False),
+        ("PUT", [FORM], b"username=u&password=p", False),
+        ("HEAD", [LOGIN], b"", False),
+    ],
+)
+def test_a_page_that_may_be_a_token_server(
+    connect_intercepted: Any, upstream: Any, method: str, fields: Any, body: bytes, learns: bool
+) -> None:
+    """It is forwarded whatever it is. The proxy learns only if nothing but one credential can have been the login."""
+    upstream.named_pages = {("quay.io", "/page"): HUB}
+    content = [("Content-Length", str(len(body)))] if body and ("Transfer-Encoding", "chunked") not in fields else []
+    response = connect_intercepted().fetch(method, "/page?a=b", [*fields, *content], body)
+    assert (response.status, response.body) == (200, b"" if method == "HEAD" else b"from upstream")
+    [forwarded] = upstream.forwarded_requests
+    assert (forwarded.method, forwarded.path) == (method, "/page?a=b")
+    form = body if method == "POST" else None
+    assert upstream.token_calls == ([(HUB, method, "/page?a=b", form)] if learns else [])
+
+
 def test_refused_token(connect_intercepted: Any, upstream: Any) -> None:
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.error = UpstreamRefused(401, b'{"details":"incorrect username or password"}', [("content-type", "a/b")])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.fake_registry import FakeRegistry, redirect_to, respond_error, respond_normally
-from tests.e2e.harness.http_client import BufferedResponse, DirectConnection, ProxyClient, read_response
+from tests.e2e.harness.http_client import (
+    BufferedResponse,
+    DirectConnection,
+    ProxyClient,
+    basic_authorization,
+    read_response,
+)
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import TypedContent
 from tests.e2e.harness.pki import UpstreamCA
@@ -36,7 +41,7 @@ class TokenRealm(StubServer):
         self.lifetime = 300
         self.readable: dict[str, set[str]] = {}
         """The repositories that each token may pull from. Realms may share it."""
-        self._login = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        self._login = basic_authorization(USER, PASSWORD)
 
     @property
     def queries(self) -> list[str]:
@@ -49,9 +54,11 @@ class TokenRealm(StubServer):
         return [request.headers.get("authorization") for request in self.requests]
 
     def handle(self, exchange: HTTPExchange) -> None:
-        b"".join(exchange.read_body())
+        form = dict(parse_qsl(b"".join(exchange.read_body()).decode()))
         login = exchange.request.headers.get("authorization")
-        parameters = parse_qsl(exchange.query)
+        if "username" in form:
+            login = basic_authorization(form["username"], form["password"])
+        parameters = [*parse_qsl(exchange.query), *form.items()]
         if self.location and exchange.path == "/token":
             separator = "&" if "?" in self.location else "?"
             return exchange.respond(self.status, {"Location": f"{self.location}{separator}{exchange.query}"})
@@ -187,6 +194,16 @@ class TokenClient:
         token = document.json["token"]
         assert isinstance(token, str)
         return token
+
+    def token_by_form(self, host: str, name: str, user: str, password: str) -> str:
+        """Fetch a token by POST (OAuth 2) through the proxy, as containerd and BuildKit do first."""
+        self.token(host, name)
+        fields = {"grant_type": "password", "service": "a", "scope": f"repository:{name}:pull"}
+        form = urlencode({**fields, "username": user, "password": password}).encode()
+        headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
+        document = self._proxy.request("POST", self.realm, headers, form)
+        assert document.status == 200, document
+        return str(document.json["token"])
 
     def pull(self, host: str, name: str, path: str, login: str | None = None) -> BufferedResponse:
         """Ping, fetch a token, and request `path` of the repository `name`."""
