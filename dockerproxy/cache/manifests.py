@@ -352,7 +352,8 @@ class CachedManifests:
         except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_error(principal, reference, error)
             raise
-        self._rate_limits.note(repository.registry, principal.identity, method, response.status, response.headers)
+        if not (is_refused and response.status == 429):  # a client that has HEAD refused must not prolong the limit
+            self._rate_limits.note(repository.registry, principal.identity, method, response.status, response.headers)
         if method == "HEAD" and response.status not in (200, 429):
             # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides
             # about grants and tags, and if it is a refusal too, it is no counted pull.

@@ -549,6 +549,23 @@ def test_a_rate_limit_does_not_hide_a_denial(harness: CacheHarness, reference: s
     assert excinfo.value.status == denial
 
 
+def test_a_refused_head_does_not_prolong_a_rate_limit(harness: CacheHarness) -> None:
+    """A client can have a HEAD refused, by its media types, as often as it likes."""
+    app_repository(harness).put_manifest(TWO, "2")
+    harness.run(harness.manifest("1"))
+    harness.upstream.on("GET", "manifests", respond_with(429, retry_after="60"))
+    with pytest.raises(UpstreamError):
+        harness.run(harness.manifest("2"))
+    harness.upstream.on("HEAD", "manifests/1", respond_with(404))
+    for _ in range(3):
+        harness.reactor.advance(19)
+        with pytest.raises(UpstreamError):
+            harness.run(harness.manifest("1", accept=["odd/type"]))
+    harness.upstream.reset()
+    harness.reactor.advance(4)
+    assert harness.run(harness.manifest("2")).content == TWO
+
+
 def test_head_without_digest(harness: CacheHarness) -> None:
     """Only the content shows the digest. It is requested once."""
 
