@@ -13,7 +13,7 @@ from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import UpstreamPrincipal
 from dockerproxy.errors import DigestInvalid, ManifestUnknown, RegistryError
-from dockerproxy.oci.manifests import fallback_base
+from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST, accepts, fallback_base, fallback_tag
 from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
@@ -47,11 +47,16 @@ class Companions:
     _links: Links
     _access: Access
 
-    def record_absence(self, principal: UpstreamPrincipal, reference: Reference) -> None:
-        """Remember that upstream has no tag `reference`, if that is a companion of a manifest in the cache."""
+    def record_absence(self, principal: UpstreamPrincipal, reference: Reference, media_types: frozenset[str]) -> None:
+        """Remember that upstream has no tag `reference`, if that is a companion of a manifest in the cache.
+
+        `media_types` are those that the client accepts. If a signature or an index is none of them, it may be there.
+        """
         key = principal.repository.key
         base = None if isinstance(reference, Digest) else companion_base(reference)
         if base is None or not self._links.has_manifest(key, base):
+            return
+        if not accepts(media_types, OCI_INDEX if str(reference) == fallback_tag(base) else OCI_MANIFEST):
             return
         value = {"public": principal.identity == PUBLIC}
         saved = self._records.get(ABSENCE, key, str(reference))

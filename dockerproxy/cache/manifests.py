@@ -350,7 +350,7 @@ class CachedManifests:
                 name=repository.name, credential=repository.credential, headers=headers,
             )  # fmt: skip
         except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
-            self._record_error(principal, reference, error)
+            self._record_error(principal, error)
             raise
         if not (is_refused and response.status == 429):  # a client that has HEAD refused must not prolong the limit
             self._rate_limits.note(repository.registry, principal.identity, method, response.status, response.headers)
@@ -362,7 +362,7 @@ class CachedManifests:
             return await self._request("GET", principal, reference, accept, is_refused=is_refused)
         if response.status != 200:
             upstream_error = await error_from_response(repository.registry, response, "MANIFEST_UNKNOWN")
-            self._record_error(principal, reference, upstream_error)
+            await self._record_refusal(principal, reference, accept, upstream_error)
             raise upstream_error
         if method == "HEAD":
             return await self._handle_head(principal, reference, accept, response)
@@ -410,7 +410,7 @@ class CachedManifests:
             error = error_for_content(
                 response, f"{registry} returned content for {reference} that is not a valid manifest"
             )
-            self._record_error(principal, reference, error)
+            self._record_error(principal, error)
             raise error from None
         if media_type == body_type == DOCKER_SCHEMA1_SIGNED and claimed_digest is not None:
             # Not cached, because its digest covers only a part of the content, the JWS payload.
@@ -431,19 +431,34 @@ class CachedManifests:
         # Called only after the response has been checked, because a captive portal answers every request.
         self._access.record_grant(principal.repository.key, principal.identity, self._access.now(), write_through=True)
 
-    def _record_error(self, principal: UpstreamPrincipal, reference: Reference, error: RegistryError) -> None:
+    def _record_error(self, principal: UpstreamPrincipal, error: RegistryError) -> None:
         if is_denial(error, principal.identity):
             self._access.record_denial(principal.repository.key, principal.identity)
-        elif error.status == 404 and not is_outage(error) and not isinstance(reference, Digest):
-            # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client that never had access
-            # of its own, because registries also send it to hide private repositories.
-            public = principal.identity == PUBLIC
-            key = principal.repository.key
-            if self._access.state(key, principal.identity, public=public) is not AccessState.UNKNOWN:
-                self._save_tag(
-                    key, reference, [one for one in self._tag_entries(key, reference) if one.public != public]
-                )
-                self._companions.record_absence(principal, reference)
+
+    async def _record_refusal(
+        self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], error: RegistryError
+    ) -> None:
+        """Record what upstream's own response says about access, and about the tag `reference` if it has none.
+
+        Registries send 404, too, if they have no manifest of the types that a client accepts. So before others lose
+        what is stored of a tag, upstream is asked in our own words.
+        """
+        self._record_error(principal, error)
+        if error.status != 404 or is_outage(error) or isinstance(reference, Digest):
+            return
+        # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client that never had access of
+        # its own, because registries also send it to hide private repositories.
+        key, public = principal.repository.key, principal.identity == PUBLIC
+        if self._access.state(key, principal.identity, public=public) is AccessState.UNKNOWN:
+            return
+        entries = self._tag_entries(key, reference)
+        kept = [one for one in entries if one.public != public]
+        if len(kept) < len(entries) and accept != _OWN_ACCEPT:
+            with suppress(RegistryError):
+                await self._request("HEAD", principal, reference, _OWN_ACCEPT)
+            return  # if the tag is gone, that request has recorded it
+        self._save_tag(key, reference, kept)
+        self._companions.record_absence(principal, reference, accept_set(accept))
 
     # the store
 

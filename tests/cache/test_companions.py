@@ -71,6 +71,16 @@ def test_other_tags_are_not_remembered(harness: CacheHarness, tag: str) -> None:
     assert status_of(harness, tag) == UpstreamUnreachable.status
 
 
+@pytest.mark.parametrize("suffix", ["", ".sig"])
+def test_the_media_types_of_one_client_hide_no_signature(harness: CacheHarness, suffix: str) -> None:
+    """Registries answer 404, too, if they have no manifest of an accepted type."""
+    tag = f"sha256-{SUBJECT.hex}{suffix}"
+    harness.run(harness.manifest("1"))
+    assert status_of(harness, tag, accept=["odd/type"]) == 404
+    harness.upstream.go_down()
+    assert status_of(harness, tag) == UpstreamUnreachable.status
+
+
 def test_a_signature_that_was_pushed_since(harness: CacheHarness) -> None:
     harness.run(harness.manifest("1"))
     assert status_of(harness, SIGNATURE_TAG) == 404

@@ -566,6 +566,24 @@ def test_a_refused_head_does_not_prolong_a_rate_limit(harness: CacheHarness) -> 
     assert harness.run(harness.manifest("2")).content == TWO
 
 
+def test_media_types_of_one_client_delete_no_tag(harness: CacheHarness) -> None:
+    """Docker Hub answers 404 if it has no manifest of an accepted type."""
+    harness.run(harness.manifest("1"))
+
+    def respond(request: Any, data: bytes) -> ScriptedResponse:
+        if "odd/type" in (request.headers.get("accept") or ""):
+            return error_response(404)
+        fields = {"content-type": OCI, "docker-content-digest": str(Digest.of(data))}
+        return ScriptedResponse(200, data if request.method == "GET" else b"", fields, length=len(data))
+
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "manifests/1", respond)
+    with pytest.raises(UpstreamRefused):
+        harness.run(harness.manifest("1", accept=["odd/type"]))
+    harness.upstream.go_down()
+    assert harness.run(harness.manifest("1")).cache_status == "STALE"
+
+
 def test_head_without_digest(harness: CacheHarness) -> None:
     """Only the content shows the digest. It is requested once."""
 
@@ -623,7 +641,8 @@ def test_refused_head_of_missing_tag(harness: CacheHarness, status: int, head: b
     with pytest.raises(UpstreamRefused) as excinfo:
         harness.run(harness.manifest("1", head=head))
     assert excinfo.value.status == 404
-    assert requested_methods(harness) == ["HEAD", "GET"]
+    # Once more in our own words, before others lose it.
+    assert requested_methods(harness) == ["HEAD", "GET"] * 2
     assert harness.records.get("tag", f"{HUB}/{APP}", "1") is None
     harness.upstream.go_down()
     with pytest.raises(UpstreamUnreachable):
