@@ -62,9 +62,6 @@ from dockerproxy.upstream.shared_logins import SharedLogins
 
 T = TypeVar("T")
 
-Observer = Callable[[UpstreamResponse, bytes], bool]
-"""Gets a response to a token request, and its body. Returns whether it could be read."""
-
 
 @define
 class PullThrough:
@@ -138,11 +135,8 @@ class PullThrough:
                 return registry
         return None
 
-    def observer(self, registry: Registry, request: TokenRequest) -> Observer | None:
-        """Return a function that learns from the response of the realm of `registry` to `request`.
-
-        Return None if that would be no token of one login for `registry`.
-        """
+    def realm_of_login(self, registry: Registry, request: TokenRequest) -> Realm | None:
+        """Return the realm of `registry` if `request` is one by one login for a token of it, else None."""
         try:
             realm = self._realm_for(registry, request.query)
             is_login = request.client_authorization() is not None and request.has_one_credential()
@@ -151,9 +145,8 @@ class PullThrough:
             return None
         if not is_login or not realm.parameters <= {*parse_qsl(request.query, keep_blank_values=True)}:
             return None
-        if not any(self.challenges.names_service(one, realm, services) for one in (registry, *self.registries)):
-            return None
-        return partial(self.token_endpoint.observe, realm, request)
+        is_named = any(self.challenges.names_service(one, realm, services) for one in (registry, *self.registries))
+        return realm if is_named else None
 
     def _realm_for(self, registry: Registry, query: str) -> Realm:
         """Return the realm of `registry`; of those at the same URL, the one with parameters that `query` has.
@@ -459,12 +452,25 @@ class CachedRegistry:
 
         `headers` has nothing that may be a login. `form` is the body of a POST.
         """
-        observe = self.cache.observer(registry, TokenRequest(path.partition("?")[2], self.authorization, form))
+        request = TokenRequest(path.partition("?")[2], self.authorization, form)
+        realm = self.cache.realm_of_login(registry, request)
         body = None if form is None else FormBody(form)
         response = await self.forward_page(method, path, headers, body, client_connection=client_connection)
-        if observe is None or response.status not in (200, 401, 403):
+        if realm is None or response.status not in (200, 401, 403):
             return response
-        return ObservedResponse(response, partial(observe, response))
+        observe = partial(self.cache.token_endpoint.observe, realm, request, response)
+        return ObservedResponse(self._decoded(response), observe)
+
+    def token_after(self, error: RegistryError, registry: Registry, query: str, form: bytes | None = None) -> bytes:
+        """Return the JSON document with a local token if a token request that was forwarded failed with `error`.
+
+        Raise `error` if it is no outage, or if the realm of `registry` has not accepted the login lately.
+        """
+        request = TokenRequest(query, self.authorization, form)
+        realm = self.cache.realm_of_login(registry, request)
+        if realm is None:
+            raise error
+        return self.cache.token_endpoint.token_after(error, realm, request)
 
     async def forward_page(
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None

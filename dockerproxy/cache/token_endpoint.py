@@ -6,7 +6,8 @@ token. A realm may also issue tokens for other services than registries, such as
 for those are forwarded.
 
 A realm on an intercepted host of another owner may be any page there, so that this proxy answers no request to it. It
-forwards them as they are, and learns from the responses which logins are right (`ObservedResponse`).
+forwards them as they are, and learns from the responses which logins are right (`ObservedResponse`). In an
+outage those get local tokens.
 """
 
 from __future__ import annotations
@@ -206,6 +207,16 @@ class TokenEndpoint:
             return False
         self._learn(realm, identity, authorization, request, issued)
         return True
+
+    def token_after(self, error: RegistryError, realm: Realm, request: TokenRequest) -> bytes:
+        """Return a local token for a login whose request to `realm` failed with `error`, or raise that.
+
+        `request` is as for `observe`.
+        """
+        authorization = request.client_authorization()
+        if authorization is None:
+            raise error
+        return self._issue_after(error, realm, self._identities.for_authorization(str(realm), authorization), request)
 
     def _learn(
         self, realm: Realm, identity: str, authorization: str, request: TokenRequest, issued: TokenResponse

@@ -15,7 +15,7 @@ from dockerproxy.oci.docker_hub import canonical_registry, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import respond_error, respond_ping, x_cache_fields
+from dockerproxy.registry.responses import respond_error, respond_ping
 from dockerproxy.registry.upstream import (
     Namespace,
     UpstreamRegistry,
@@ -24,6 +24,7 @@ from dockerproxy.registry.upstream import (
     forward_request,
     forward_token_request,
     handle_list,
+    respond_with_token,
 )
 
 _MAX_FORM_SIZE = 64 * 1024
@@ -116,12 +117,7 @@ class Intercepted:
         request.cache_status, request.kind = "PASS", "token"
         form = await request.read_all(_MAX_FORM_SIZE) if request.method == "POST" else None
         content = await self._token_service.token(registry, request.query, request.headers.get("authorization"), form)
-        fields = [
-            ("Content-Type", "application/json"),
-            ("Cache-Control", "no-store"),
-            *x_cache_fields(request.cache_status),  # the token may be one of ours
-        ]
-        request.respond(200, fields, content)
+        respond_with_token(request, content)
 
 
 class Mirror:

@@ -17,7 +17,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import LIST_KINDS, Target
 from dockerproxy.registry.backend import PullBackend
-from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields
+from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields, x_cache_fields
 
 # Request fields that are not forwarded: the login is handled elsewhere, and the framing of the body is our own.
 _NOT_FORWARDED = ("authorization", "host", "content-length", "expect")
@@ -83,6 +83,9 @@ class UpstreamRegistry(PullBackend, Protocol):
     ) -> RegistryResponse:
         """Do the same for a request to a page that `registry` names as its token server. `form` is a POST's body."""
 
+    def token_after(self, error: RegistryError, registry: Registry, query: str, form: bytes | None = None) -> bytes:
+        """Return a token of ours for a client whose request failed with `error`, if possible, or raise that."""
+
     def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
         """Return the error for a client whose pull from `name` failed with `error`: a 401 if a login would help."""
 
@@ -138,6 +141,16 @@ async def forward_request(request: Request, upstream: UpstreamRegistry, target: 
     await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])
 
 
+def respond_with_token(request: Request, content: bytes) -> None:
+    """Respond to a token request with the JSON document `content`."""
+    fields = [
+        ("Content-Type", "application/json"),
+        ("Cache-Control", "no-store"),
+        *x_cache_fields(request.cache_status),  # the token may be one of ours
+    ]
+    request.respond(200, fields, content)
+
+
 async def forward_token_request(request: Request, upstream: UpstreamRegistry, registry: Registry) -> None:
     """Forward a request to a page that `registry` names as its token server.
 
@@ -151,9 +164,13 @@ async def forward_token_request(request: Request, upstream: UpstreamRegistry, re
         return await forward_page(request, upstream)
     request.cache_status, request.kind = "PASS", "token"
     form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
-    response = await upstream.forward_token_request(
-        registry, request.method, _path_and_query(request), headers, form, client_connection=request.connection_number
-    )
+    path, connection = _path_and_query(request), request.connection_number
+    try:
+        response = await upstream.forward_token_request(
+            registry, request.method, path, headers, form, client_connection=connection
+        )
+    except RegistryError as error:
+        return respond_with_token(request, upstream.token_after(error, registry, request.query, form))
     await _forward_page_response(request, response)
 
 

@@ -13,6 +13,7 @@ from dockerproxy.cache.access import GRANT_TTL, STALE_GRANT_TTL
 from dockerproxy.cache.challenges import TOKEN_PATH
 from dockerproxy.cache.identity import TOKEN_LIFETIME
 from dockerproxy.errors import (
+    BadRequest,
     NameUnknown,
     RegistryError,
     TooManyRequests,
@@ -917,6 +918,37 @@ def test_logins_at_a_page_that_is_a_token_server(make_harness: Callable[..., Cac
     assert local is not None and local.identity_at(parse_repository(str(APP))) == alice
     with pytest.raises(UpstreamUnreachable):
         harness.run(harness.pull_through.token(registry, query, BasicCredentials("alice", "x").authorization, None))
+
+
+def test_outage_of_a_page_that_is_a_token_server(make_harness: Callable[..., CacheHarness]) -> None:
+    """Clients may have been told its URL just before. Others than those that logged in get its error."""
+    harness = with_realm_elsewhere(make_harness)
+    ask_elsewhere(harness, ISSUED)
+    gone, query = UpstreamUnreachable("gone"), PATH_OF_TOKEN.partition("?")[2]
+
+    def token_after(error: RegistryError, authorization: str | None, query: str = query) -> str:
+        client = harness.client(authorization, registry=ELSEWHERE)
+        return str(json.loads(client.token_after(error, OTHER_HOST, query))["token"])
+
+    assert token_after(gone, LOGIN_OF_ALICE).startswith("drp.")
+    for authorization in (None, BasicCredentials("alice", "x").authorization):
+        with pytest.raises(UpstreamUnreachable):
+            token_after(gone, authorization)
+    with pytest.raises(UpstreamUnreachable):
+        token_after(gone, LOGIN_OF_ALICE, "service=notary")
+    with pytest.raises(BadRequest):
+        token_after(BadRequest("no outage"), LOGIN_OF_ALICE)
+    harness.reactor.advance(STALE_GRANT_TTL)
+    with pytest.raises(UpstreamUnreachable):
+        token_after(gone, LOGIN_OF_ALICE)
+
+
+def test_a_coded_token_of_such_a_page(make_harness: Callable[..., CacheHarness]) -> None:
+    """It is coded although the client's Accept-Encoding is not passed on."""
+    harness = with_realm_elsewhere(make_harness)
+    response = ScriptedResponse(200, gzip.compress(ISSUED), {"content-encoding": "gzip"})
+    assert ask_elsewhere(harness, response) == ISSUED
+    assert is_login_known(harness)
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -255,6 +255,7 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.realms: dict[tuple[str, str], Registry] = {}
         self.named_pages: dict[tuple[str, str], Registry] = {}
         self.token_calls: list[Any] = []
+        self.local_token: bytes | None = None
 
     def open_registry(self, registry: Registry, authorization: str | None, client: str) -> FakeUpstreamRegistry:
         """Return this registry, as an `OpenRegistry` of intercepted.py."""
@@ -294,6 +295,11 @@ class FakeUpstreamRegistry(FakePullBackend):
     ) -> FakeRegistryResponse:
         self.token_calls.append((registry, method, path, form))
         return await self._respond(method, path, None, headers, None)
+
+    def token_after(self, error: RegistryError, registry: Registry, query: str, form: bytes | None = None) -> bytes:
+        if self.local_token is None:
+            raise error
+        return self.local_token
 
     async def _respond(
         self, method: str, path: str, name: Repository | None, headers: Headers, body: Any

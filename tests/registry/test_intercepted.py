@@ -631,6 +631,20 @@ def test_a_page_that_may_be_a_token_server(
     assert upstream.token_calls == ([(HUB, method, "/page?a=b", form)] if learns else [])
 
 
+def test_outage_of_a_page_that_is_a_token_server(connect_intercepted: Any, upstream: Any) -> None:
+    upstream.named_pages = {("quay.io", "/page"): HUB}
+    upstream.response = UpstreamTimeout("quay.io: timed out")
+    assert connect_intercepted().fetch("GET", "/page", [LOGIN]).status == 504
+    upstream.local_token = b'{"token":"local"}'
+    response = connect_intercepted().fetch("GET", "/page", [LOGIN])
+    assert (response.status, response.body, response.headers["Cache-Control"]) == (
+        200,
+        b'{"token":"local"}',
+        "no-store",
+    )
+    assert connect_intercepted().fetch("GET", "/page", [LOGIN, ("Cookie", "a=b")]).status == 504
+
+
 def test_refused_token(connect_intercepted: Any, upstream: Any) -> None:
     upstream.realms = {("quay.io", "/token"): QUAY}
     upstream.error = UpstreamRefused(401, b'{"details":"incorrect username or password"}', [("content-type", "a/b")])

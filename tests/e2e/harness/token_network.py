@@ -178,14 +178,21 @@ class TokenClient:
     def get(self, url: str, headers: Mapping[str, str] | None = None, *, by_proxy: bool) -> BufferedResponse:
         return self._proxy.request("GET", url, headers) if by_proxy else self._network.request_directly(url, headers)
 
-    def token(self, host: str, name: str, login: str | None = None, path: str = "/v2/") -> str | None:
-        """Ask `path` of `host` for a challenge, and fetch a token. Return None if none is needed."""
+    def challenge(self, host: str, path: str = "/v2/") -> str | None:
+        """Ask `path` of `host` for a challenge. Set `realm`, and return the service. Return None if there is none."""
         response = self.get(f"https://{host}{path}", by_proxy=self._use_by_proxy)
         if response.status != 401:
             return None
         challenge = response.headers["www-authenticate"]
         parameters = dict(part.split("=", 1) for part in challenge.removeprefix("Bearer ").split(","))
-        self.realm, service = parameters["realm"].strip('"'), parameters["service"].strip('"')
+        self.realm = parameters["realm"].strip('"')
+        return parameters["service"].strip('"')
+
+    def token(self, host: str, name: str, login: str | None = None, path: str = "/v2/") -> str | None:
+        """Ask `path` of `host` for a challenge, and fetch a token. Return None if none is needed."""
+        service = self.challenge(host, path)
+        if service is None:
+            return None
         separator = "&" if "?" in self.realm else "?"
         url = f"{self.realm}{separator}service={service}&scope=repository:{name}:pull"
         headers = {} if login is None else {"Authorization": login}
@@ -197,8 +204,8 @@ class TokenClient:
 
     def token_by_form(self, host: str, name: str, user: str, password: str) -> str:
         """Fetch a token by POST (OAuth 2) through the proxy, as containerd and BuildKit do first."""
-        self.token(host, name)
-        fields = {"grant_type": "password", "service": "a", "scope": f"repository:{name}:pull"}
+        service = self.challenge(host) or ""
+        fields = {"grant_type": "password", "service": service, "scope": f"repository:{name}:pull"}
         form = urlencode({**fields, "username": user, "password": password}).encode()
         headers = {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
         document = self._proxy.request("POST", self.realm, headers, form)
