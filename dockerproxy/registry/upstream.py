@@ -25,9 +25,10 @@ _NOT_FORWARDED = ("authorization", "host", "content-length", "expect")
 # Request fields of a list. Our own login may go along, so nothing else does: no cookie, and no X-HTTP-Method-Override.
 _LIST_REQUEST_FIELDS = frozenset({"accept", "if-modified-since", "if-none-match", "user-agent"})
 
-# Request fields of clients at token servers that cannot be a login, beside the Authorization.
+# Request fields of clients at token servers that cannot be a login, beside the Authorization. Some are for tracing.
 _TOKEN_REQUEST_FIELDS = frozenset({
-    "accept", "accept-language", "cache-control", "content-type", "pragma", "traceparent", "tracestate", "user-agent",
+    "accept", "accept-language", "cache-control", "content-type", "pragma", "user-agent",
+    "baggage", "traceparent", "tracestate",
 })  # fmt: skip
 _FORM_TYPE = "application/x-www-form-urlencoded"
 

@@ -604,6 +604,7 @@ FORM = ("Content-Type", "application/x-www-form-urlencoded; charset=utf-8")
     [
         ("GET", [LOGIN, ("User-Agent", "docker/1"), ("Accept-Encoding", "gzip")], b"", True),
         ("POST", [FORM], b"username=u&password=p", True),
+        ("GET", [LOGIN, ("Baggage", "trigger=api"), ("Traceparent", "00-0-0-01")], b"", True),  # dockerd 28
         ("POST", [FORM], b"x" * 65_536, True),
         ("GET", [LOGIN, ("Cookie", "session=of-another")], b"", False),
         ("GET", [LOGIN, ("Private-Token", "of-another")], b"", False),
