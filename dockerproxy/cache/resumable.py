@@ -157,11 +157,9 @@ class ResumableGet:
                 return []
             assert self._response is not None
             self._response.limit_read_ahead(self._read_ahead())
-            started = self._clock.seconds()
             self._buffer = await self._read_content(self._response, at_least, self._batch_time)
             size = sum(map(len, self._buffer))
             self._batch_time = _READ_BATCH_TIME if size >= _SMALL_READ else _SLOW_READ_BATCH_TIME
-            self._check_rate(size, self._clock.seconds() - started)
         pieces, self._buffer = self._buffer, []
         end = self.offset + sum(map(len, pieces))
         if not pieces and self.size is None:
@@ -173,13 +171,23 @@ class ResumableGet:
         self.offset = end
         return pieces
 
+    async def _receive(self, response: UpstreamResponse, at_least: int, timeout: float) -> list[bytes]:
+        """Return the next pieces as upstream sent them; none at the end. Raise `UpstreamTooSlow`."""
+        started = self._clock.seconds()
+        pieces = await response.read_pieces(at_least, timeout)
+        self._check_rate(sum(map(len, pieces)), self._clock.seconds() - started)
+        return pieces
+
     def _check_rate(self, size: int, waited: float) -> None:
-        """Raise `UpstreamTooSlow` at the end of a window in which too few bytes have come."""
+        """Count `size` bytes as sent, before they are decoded or skipped, because a coding may hold back its content.
+
+        Raise `UpstreamTooSlow` at the end of a window in which too few have come.
+        """
         self._waited += min(waited, _MAX_COUNTED_WAIT)
         self._received += size
         if self._waited < _RATE_WINDOW:
             return
-        if self._buffer and self._received < _MIN_RATE * self._waited:
+        if size and self._received < _MIN_RATE * self._waited:
             raise UpstreamTooSlow(
                 f"{self._repository.registry} sent {self._received} bytes of {self._digest} in {self._waited:.0f} s,"
                 f" less than {_MIN_RATE} bytes a second"
@@ -253,7 +261,7 @@ class ResumableGet:
         content, ended = b"", False
         try:
             while len(content) <= _SHORT_CODED and not ended:
-                data = await response.read_chunk()
+                data = b"".join(await self._receive(response, 1, 0.0))
                 content, ended = content + data, not data
         except ResponseCutOff:
             if not content:
@@ -295,13 +303,13 @@ class ResumableGet:
         """Return the next pieces of the blob; none at the end."""
         if self._decoder is None:
             sent, self._sent = self._sent, []
-            return sent or await response.read_pieces(at_least, timeout)
+            return sent or await self._receive(response, at_least, timeout)
         try:
             while True:
                 pieces = list(islice(self._decoded, _READ_AHEAD // PIECE_SIZE))
                 if pieces:
                     return pieces
-                sent, self._sent = self._sent or await response.read_pieces(1, timeout), []
+                sent, self._sent = self._sent or await self._receive(response, 1, timeout), []
                 if not sent:
                     self._decoder.finish()
                     return []

@@ -472,6 +472,50 @@ def test_upstream_that_is_just_fast_enough(size: int, interval: float, times: in
     assert drip(harness, size, interval, times) is None
 
 
+def coding_that_holds_back(request: Any, data: bytes) -> ScriptedResponse:
+    """Start a response in a coding that becomes nothing for as long as it is sent: empty members of gzip."""
+    body = gzip.compress(random.Random(1).randbytes(300_000)) + gzip.compress(b"") * 10_000
+    fields = {"content-encoding": "gzip", "vary": "accept-encoding"}
+    return ScriptedResponse(200, body, fields, length=None, sent=300_200)
+
+
+def test_slow_coded_content() -> None:
+    """Content comes out of a coding whenever upstream likes. Until then, what is sent counts all the same."""
+    harness = ResumableGetHarness(data=random.Random(1).randbytes(300_000))
+    harness.on(coding_that_holds_back)
+    harness.open()
+    reading: list[Any] = []
+
+    async def read_everything() -> None:
+        while await harness.resumable_get.read():
+            pass
+
+    Deferred.fromCoroutine(read_everything()).addErrback(reading.append)
+    for _ in range(120):  # the first window has the content
+        assert not reading
+        harness.reactor.advance(1)
+        harness.upstream.responses[-1].send(1)
+        harness.reactor.run_due_calls()
+    assert reading[0].check(UpstreamTooSlow) and harness.upstream.responses[-1].ended
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_slow_start(offset: int) -> None:
+    """The bytes that decide about a coding, and those that are skipped, count too."""
+    harness = ResumableGetHarness(offset, data=bytes(200_000))
+    fields = {} if offset else {"content-encoding": "gzip"}
+    harness.on(lambda request, data: ScriptedResponse(200, data, fields, length=None, sent=1))
+    opening: list[Any] = []
+    Deferred.fromCoroutine(harness.resumable_get.open()).addErrback(opening.append)
+    for _ in range(60):
+        harness.reactor.run_due_calls()
+        assert not opening
+        harness.reactor.advance(1)
+        harness.upstream.responses[-1].send(1)
+    harness.reactor.run_due_calls()
+    assert opening[0].check(UpstreamTooSlow) and harness.upstream.responses[-1].ended
+
+
 def test_time_of_slow_clients_does_not_count() -> None:
     harness = ResumableGetHarness(data=bytes(200_000))
     harness.on(respond_streaming)
