@@ -33,6 +33,8 @@ _MAX_AUTH_RETRIES = 4
 _CROSS_ORIGIN_FIELDS = frozenset(
     {"accept", "range", "if-range", "if-match", "if-none-match", "if-modified-since", "user-agent"}
 )
+# Fields that name the account of a login, which the clients that share it need not know.
+_ACCOUNT_FIELDS = ("docker-ratelimit-source",)
 _NO_HEADERS = Headers()
 _PULLED_KINDS = frozenset({Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS, Kind.TAGS})
 
@@ -132,6 +134,8 @@ class UpstreamClient:
             await response.discard()
             authorization = new_authorization
             response = await self._follow_redirects(request, authorization, target_authorizations)
+        if not isinstance(credential, Anonymous | ClientCredential):
+            response.headers = response.headers.without(*_ACCOUNT_FIELDS)
         return response
 
     async def send(

@@ -423,6 +423,19 @@ class UpstreamClientTests(TestCase):
         self.redirect_to_proper("Bearer never")
         await self.pull(status=401)
 
+    async def test_the_account_of_a_shared_login_is_not_passed_on(self) -> None:
+        """Docker Hub says whose pulls it counts. It names an anonymous client by its address."""
+        limits = {"Docker-RateLimit-Source": "an-account", "RateLimit-Remaining": "99;w=21600"}
+        for status in (200, 403, 404, 429):
+            self.servers.respond = lambda request, status=status: (status, limits, b"ok")  # type: ignore[misc]
+            for credential, is_told in ((LOGIN, False), (ClientCredential("Basic eDp5"), True), (ANONYMOUS, True)):
+                response = await self.client.request(
+                    "GET", REGISTRY, "/v2/library/ubuntu/manifests/1", name=NAME, credential=credential
+                )
+                self.assertEqual("docker-ratelimit-source" in response.headers, is_told)
+                self.assertEqual(response.headers.get("ratelimit-remaining"), "99;w=21600")
+                await response.discard()
+
     async def test_login_for_the_front_is_not_for_the_registry_proper(self) -> None:
         self.redirect_to_proper("Bearer t1")
         self.assertEqual((await self.pull(LOGIN))[-1], (PROPER, "Bearer t1"))
