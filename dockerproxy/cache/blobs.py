@@ -53,10 +53,10 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.upstream.content_coding import content_codings
 from dockerproxy.upstream.credentials import ClientCredential
+from dockerproxy.upstream.refusals import is_page
 
 _NO_HEADERS = Headers()
 _OVERLOAD_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # upstream cannot be reached either
-_MAX_MEASURED = 1 << 36  # bytes
 _MAX_ATTEMPTS = 3  # because a blob may be evicted between lookup and opening
 
 log = Logger()
@@ -305,7 +305,10 @@ class CachedBlobs:
             download.when_verified(principal, lambda: self._record_grant(principal, digest, now))
 
     async def _ask_size(self, principal: UpstreamPrincipal, digest: Digest) -> int | None:
-        """Return the size of the blob upstream. It grants nothing, because a HEAD proves neither access nor content."""
+        """Return the size of the blob upstream, or None if only the whole blob would show it.
+
+        It grants nothing, because a HEAD proves neither access nor content.
+        """
         response = await self._request("HEAD", principal, digest, follow=False)
         if response.status == 429:
             raise await self._error_from(principal, response)
@@ -318,11 +321,13 @@ class CachedBlobs:
     async def _probe(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int | None) -> int | None:
         """Request the first byte by GET, following redirects. Return the size of the blob, which must be as expected.
 
-        registry.k8s.io redirects every name and digest, so only the response of the target counts.
+        registry.k8s.io redirects every name and digest, so only the response of the target counts. If the size shows
+        only in the whole blob, that is read, unless nothing is expected: then return None, because a request for a head
+        must not cost as much as the blob.
         """
         response = await self._request("GET", principal, digest, headers=Headers([("range", "bytes=0-0")]))
         try:
-            size = await self._read_size(principal, digest, response)
+            size = await self._read_size(principal, digest, response, expected_size)
         finally:
             response.abort()
         if expected_size is not None and size != expected_size:
@@ -335,14 +340,21 @@ class CachedBlobs:
             raise error
         return size
 
-    async def _read_size(self, principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse) -> int | None:
+    async def _read_size(
+        self, principal: UpstreamPrincipal, digest: Digest, response: UpstreamResponse, expected_size: int | None
+    ) -> int | None:
         """Return the size that a response to a request of the first byte gives. Read or discard its body."""
-        if response.status in (200, 206) and content_codings(response.headers):
-            return await self._measure(principal, digest)
+        is_coded = response.status in (200, 206) and bool(content_codings(response.headers))
+        if is_coded or (response.status == 200 and response.length is None):
+            if expected_size is None and is_page(response.headers):
+                raise error_for_content(response, f"upstream returned other content than {digest}")
+            if expected_size is None:
+                return None
+            if is_coded:
+                return await self._measure(principal, digest, expected_size)
+            return await self._verify(response, digest, expected_size)
         if response.status == 200:
             size = response.length
-            if size is None:
-                return await self._verify(response, digest)
         elif response.status == 206:
             size = _total_size(response)
         elif response.status == 416:
@@ -352,19 +364,19 @@ class CachedBlobs:
         await response.discard()
         return size
 
-    async def _measure(self, principal: UpstreamPrincipal, digest: Digest) -> int:
+    async def _measure(self, principal: UpstreamPrincipal, digest: Digest, expected_size: int) -> int:
         """Return the size of a blob that upstream sends with codings: all that it says is about the coded content."""
         response = await self._request("GET", principal, digest)
         try:
             if response.status != 200:
                 raise await self._error_from(principal, response)
-            return await self._verify(response, digest)
+            return await self._verify(response, digest, expected_size)
         finally:
             response.abort()
 
-    async def _verify(self, response: UpstreamResponse, digest: Digest) -> int:
+    async def _verify(self, response: UpstreamResponse, digest: Digest, expected_size: int) -> int:
         """Read a response of unknown length and return its size. Raise `UpstreamBroken` if the digest differs."""
-        size = await verified_size(self._reactor, response, digest, _MAX_MEASURED)
+        size = await verified_size(self._reactor, response, digest, expected_size)
         if size is None:
             raise error_for_content(response, f"upstream returned content that does not match {digest}")
         return size

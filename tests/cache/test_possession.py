@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.errors import RegistryError, ResponseCutOff, UpstreamBroken, UpstreamRefused
+from dockerproxy.errors import CaptivePortalSuspected, RegistryError, ResponseCutOff, UpstreamBroken, UpstreamRefused
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
 from tests.cache.support.harness import HUB, OTHER, CacheHarness
@@ -283,9 +283,22 @@ def test_a_bomb_is_no_proof(harness: CacheHarness) -> None:
         fetch(harness)
 
 
-@pytest.mark.parametrize("respond", [compress, mislabel])
+@pytest.mark.parametrize("respond", [compress, mislabel, without_length])
 def test_the_size_of_a_blob_with_a_coding(harness: CacheHarness, respond: Responder) -> None:
-    """HEAD, and the size of a download of another client, are about the blob and not about its coded content."""
+    """HEAD is about the blob and not about its coded content. It reads no blob to find out how long that is."""
     for method in ("GET", "HEAD"):
         harness.upstream.on(method, "blobs", respond)
+    assert harness.run(harness.blob(DIGEST, head=True, registry=OTHER)).size is None
+    requests = [(request.method, request.range) for request in harness.upstream.requests_matching(pattern="blobs")]
+    assert requests[-2:] == [("HEAD", None), ("GET", "bytes=0-0")]
+    assert all(response.bytes_read == 0 for response in harness.upstream.responses[-2:])
+    assert fetch(harness)[1] == DATA
     assert harness.run(harness.blob(DIGEST, head=True, registry=OTHER)).size == len(DATA)
+
+
+def test_a_page_is_no_blob(harness: CacheHarness) -> None:
+    page = {"content-type": "text/html"}
+    for method in ("GET", "HEAD"):
+        harness.upstream.on(method, "blobs", lambda request, data: ScriptedResponse(200, b"<p>", page, length=None))
+    with pytest.raises(CaptivePortalSuspected):
+        harness.run(harness.blob(DIGEST, head=True, registry=OTHER))
