@@ -229,6 +229,19 @@ class UpstreamFailing(UpstreamError):
         self.code = "TOOMANYREQUESTS" if status == 429 else "UNAVAILABLE"
 
 
+class HeadRefused(UpstreamFailing):
+    """Upstream refused HEAD with `head_status`. GET would have told whether that is about access, but failed.
+
+    `outage` is the error of GET. A rate limit or an overload must not hide a refusal, so that only the public may go on
+    reading what is cached.
+    """
+
+    def __init__(self, head_status: int, outage: UpstreamError) -> None:
+        super().__init__(outage.message, outage.status, headers=outage.headers)
+        self.head_status = head_status
+        self.outage = outage
+
+
 class UpstreamRefused(RegistryError):
     """The upstream registry responded with 4xx, which is forwarded.
 

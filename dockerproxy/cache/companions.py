@@ -12,7 +12,7 @@ from dockerproxy.cache.access import Access, AccessState
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.upstream import UpstreamPrincipal
-from dockerproxy.errors import DigestInvalid, ManifestUnknown, RegistryError
+from dockerproxy.errors import DigestInvalid, HeadRefused, ManifestUnknown, RegistryError
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST, accepts, fallback_base, fallback_tag
 from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.links import Links
@@ -72,6 +72,8 @@ class Companions:
         """Raise `ManifestUnknown` if upstream had no such tag when it was asked last, before `outage`."""
         if companion_base(tag) is None:
             return
+        if isinstance(outage, HeadRefused) and outage.head_status == 404:
+            outage = outage.outage  # the refusal says the same as the last word
         saved = self._records.get(ABSENCE, principal.repository.key, tag)
         if saved is not None and self._may_know(principal, outage, saved.get("public") is True):
             raise ManifestUnknown(f"{principal.repository.registry} had no {tag}, and cannot be asked now: {outage}")

@@ -34,11 +34,13 @@ from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
 from dockerproxy.errors import (
     CaptivePortalSuspected,
     DigestInvalid,
+    HeadRefused,
     IntermediaryRefused,
     ManifestInvalid,
     RegistryError,
     Unauthorized,
     UpstreamBroken,
+    UpstreamError,
     UpstreamUnreachable,
     is_outage,
 )
@@ -359,7 +361,14 @@ class CachedManifests:
             # about grants and tags, and if it is a refusal too, it is no counted pull.
             await response.discard()
             is_refused = response.status in _REFUSALS
-            return await self._request("GET", principal, reference, accept, is_refused=is_refused)
+            try:
+                return await self._request("GET", principal, reference, accept, is_refused=is_refused)
+            except UpstreamError as error:
+                if not is_refused or not is_outage(error):
+                    raise
+                refusal = HeadRefused(response.status, error)
+            self._record_error(principal, refusal)
+            raise refusal
         if response.status != 200:
             upstream_error = await error_from_response(repository.registry, response, "MANIFEST_UNKNOWN")
             await self._record_refusal(principal, reference, accept, upstream_error)

@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.errors import (
     CaptivePortalSuspected,
+    HeadRefused,
     IntermediaryRefused,
     RegistryError,
     Unauthorized,
@@ -219,19 +220,22 @@ def error_for_content(response: UpstreamResponse, message: str) -> UpstreamBroke
 
 
 def may_be_guard(error: RegistryError) -> bool:
-    """Return whether `error` is of something before the registry, which may be its guard, and may have refused access.
+    """Return whether `error` may be a refusal of access: of something before the registry, which may be its guard, or
+    of a registry that has refused HEAD and could not be asked more.
 
     Earlier grants then count for the public only.
     """
-    return isinstance(error, CaptivePortalSuspected | IntermediaryRefused)
+    return isinstance(error, CaptivePortalSuspected | IntermediaryRefused | HeadRefused)
 
 
 def is_denial(error: RegistryError, identity: str) -> bool:
     """Return whether upstream or its token server denied access to `identity`, as opposed to not having the content.
 
     The answer of something before the registry is no denial to the public. It is one to a client with a credential,
-    because a guard may have checked that.
+    because a guard may have checked that. So is a refusal of HEAD, unless it says that there is no such manifest.
     """
+    if isinstance(error, HeadRefused) and error.head_status == 404:
+        return False
     if may_be_guard(error):
         return identity != PUBLIC
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))

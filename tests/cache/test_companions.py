@@ -50,6 +50,17 @@ def status_of(harness: CacheHarness, tag: str, **client: Any) -> int:
     return excinfo.value.status
 
 
+def test_an_absence_that_head_repeats_counts_in_a_rate_limit(harness: CacheHarness) -> None:
+    """A private image, too: upstream says that there is no signature, and would count the GET that confirms it."""
+    harness.upstream.repository(f"{HUB}/{APP}").readers = {ALICE}
+    harness.run(harness.manifest("1", authorization=ALICE))
+    assert status_of(harness, SIGNATURE_TAG, authorization=ALICE) == 404
+    harness.upstream.on("GET", "manifests", respond_with(429))
+    for head in (True, False):
+        with pytest.raises(ManifestUnknown):
+            harness.run(harness.manifest(SIGNATURE_TAG, authorization=ALICE, head=head))
+
+
 @pytest.mark.parametrize("suffix", ["", ".sig", ".att", ".sbom"])
 def test_a_signature_that_upstream_had_not_is_missing_in_an_outage(harness: CacheHarness, suffix: str) -> None:
     tag = f"sha256-{SUBJECT.hex}{suffix}"

@@ -549,6 +549,54 @@ def test_a_rate_limit_does_not_hide_a_denial(harness: CacheHarness, reference: s
     assert excinfo.value.status == denial
 
 
+OUTAGES = {
+    "429": respond_with(429, retry_after="3600"),
+    "503": respond_with(503),
+    "cut off": raise_error(UpstreamBroken("upstream broke off")),
+    "unreachable": raise_error(UpstreamUnreachable("gone")),
+}
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
+@pytest.mark.parametrize("denial", [401, 403, 404])
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+@pytest.mark.parametrize("head", [True, False])
+def test_an_outage_of_get_does_not_hide_a_refusal_of_head(
+    harness: CacheHarness, head: bool, reference: str, denial: int, outage: Any
+) -> None:
+    """Private content is not served STALE after it, neither then nor later, until upstream grants access again."""
+    repository = app_repository(harness)
+    repository.readers = {ALICE}
+    blob = repository.put_blob(b"layer")
+    harness.run(harness.manifest(reference, authorization=ALICE))
+    harness.fetch(blob, authorization=ALICE)
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("GET", "library/app", outage)
+    harness.upstream.on("HEAD", "library/app", respond_with(denial))
+    for _ in range(2):
+        with pytest.raises(UpstreamFailing):
+            harness.run(harness.manifest(reference, authorization=ALICE, head=head))
+    if denial != 404:
+        with pytest.raises(UpstreamError):
+            harness.fetch(blob, authorization=ALICE)
+    harness.upstream.reset()
+    assert harness.run(harness.manifest(reference, authorization=ALICE, head=head)).cache_status == "REVALIDATED"
+
+
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=OUTAGES)
+@pytest.mark.parametrize("authorization", [None, ALICE])
+def test_what_is_public_is_stale_although_head_is_refused(
+    harness: CacheHarness, authorization: str | None, outage: Any
+) -> None:
+    """Firewalls and registries refuse HEAD in many ways."""
+    harness.run(harness.manifest("1"))
+    harness.reactor.advance(GRANT_TTL)
+    harness.upstream.on("GET", "manifests", outage)
+    harness.upstream.on("HEAD", "manifests", respond_with(403))
+    for reference in ("1", Digest.of(ONE)):
+        assert result_of(harness.run(harness.manifest(reference, authorization=authorization))) == ("STALE", ONE)
+
+
 def test_a_refused_head_does_not_prolong_a_rate_limit(harness: CacheHarness) -> None:
     """A client can have a HEAD refused, by its media types, as often as it likes."""
     app_repository(harness).put_manifest(TWO, "2")
