@@ -54,7 +54,7 @@ from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.oci.docker_hub import registry_label
-from dockerproxy.oci.names import Digest, Registry
+from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
@@ -172,9 +172,7 @@ class Control:
 
     async def _budget(self) -> dict[str, Any]:
         limits = await in_thread(self._reactor, stored_limits, self._records)
-        return {
-            "limits": [{"registry": registry_label(Registry.parse(host)), **asdict(limit)} for host, limit in limits]
-        }
+        return {"limits": [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in limits]}
 
     async def _status(self) -> dict[str, Any]:
         return {

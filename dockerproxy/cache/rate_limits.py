@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.errors import UpstreamFailing
+from dockerproxy.errors import NameInvalid, UpstreamFailing
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
 from dockerproxy.oci.names import Registry
@@ -186,13 +186,18 @@ class RateLimits:
             try_put(self._records, asdict(limit), LIMIT, name)
 
 
-def stored_limits(records: Records) -> list[tuple[str, RateLimit]]:
-    """Return what is recorded: the hosts of registries, and their limits for clients without a credential. Blocks."""
+def stored_limits(records: Records) -> list[tuple[Registry, RateLimit]]:
+    """Return what is recorded: registries, and their limits for clients without a credential. Blocks.
+
+    A torn record is left out.
+    """
     limits = []
     for entry in records.walk(LIMIT):
-        with suppress(ValueError):
-            limits.append((entry.key[1], RateLimit.from_record(records.read(entry) or {})))
-    return sorted(limits)
+        record = records.read(entry)
+        with suppress(ValueError, NameInvalid):
+            if record is not None:
+                limits.append((Registry.parse(entry.key[-1]), RateLimit.from_record(record)))
+    return sorted(limits, key=lambda limit: str(limit[0]))
 
 
 def _quota(value: str | None) -> tuple[int, int | None] | None:

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.rate_limits import LIMIT, RateLimit, RateLimits
+from dockerproxy.cache.rate_limits import LIMIT, RateLimit, RateLimits, stored_limits
 from dockerproxy.errors import UpstreamFailing
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.docker_hub import DOCKER_HUB
@@ -58,6 +58,19 @@ def test_docker_hubs_fields() -> None:
     later = limit.after(Headers([("ratelimit-remaining", "33;w=21600")]), NOW + 1)
     assert later == evolve(limit, remaining=33, seen=NOW + 1)
     assert limit.after(NOTHING, NOW + 2) is limit
+
+
+def test_a_torn_record_is_left_out(tmp_path: Path, limits: RateLimits) -> None:
+    """A power cut leaves one. The metrics and the budget have the others."""
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, Headers([("Retry-After", "600")]))
+    long_name = Registry.parse(".".join(["long-label"] * 15))
+    limits.note(long_name, PUBLIC, "GET", 429, Headers([("Retry-After", "600")]))
+    records = Records(tmp_path / "records")
+    assert {registry for registry, _ in stored_limits(records)} == {DOCKER_HUB, long_name}
+    for entry in list(records.walk(LIMIT)):
+        if entry.key[-1] == str(long_name.host):
+            Path(entry.path).write_bytes(b"{")
+    assert [registry for registry, _ in stored_limits(records)] == [DOCKER_HUB]
 
 
 @pytest.mark.parametrize("value", ["", "many", "-1", "100;w=", "100;w=x", "100,200", "1" * 10, "\u0663", "1;w=1;x=2"])
