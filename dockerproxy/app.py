@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import asdict, field, frozen
 from twisted.application.internet import TimerService
+from twisted.internet.defer import Deferred, TimeoutError
 
 from dockerproxy import __version__
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints
@@ -63,7 +64,7 @@ from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
-from dockerproxy.shares import Bound
+from dockerproxy.shares import Bound, ClientShares
 from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
@@ -89,6 +90,7 @@ _HELD_PART = 8
 
 _SAMPLE_INTERVAL = 1.0  # seconds between two samples of the gauges
 _MAX_REPORTED = 200  # downloads in a report
+_METRICS_DISK_TIMEOUT = 2.0  # seconds; Prometheus waits for 10 in all
 
 _PASSWORD_PRIORITY = 10
 """Nice value of threads that hash passwords: other work goes first, because anyone can send wrong passwords."""
@@ -238,7 +240,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
-    metrics_handler = partial(handle_metrics, reactor, shared, authority, disk)
+    metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
+    metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
@@ -307,6 +310,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             budgets.requests.shares,
             budgets.responses.shares,
             api.long_responses,
+            metrics_requests,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
@@ -587,22 +591,36 @@ def build_site(
 
 
 async def handle_metrics(
-    reactor: Any, shared: SharedServices, authority: CertificateAuthority, registry_disk: DiskAccess, request: Request
+    reactor: Any,
+    shared: SharedServices,
+    authority: CertificateAuthority,
+    registry_disk: DiskAccess,
+    requests: ClientShares,
+    request: Request,
 ) -> None:
-    """Respond with the metrics of all processes, in the format that the client prefers."""
-    used, limit = await shared.cache_space.usage()
-    measured = {
-        "cache_bytes": used,
-        "cache_limit_bytes": limit,
-        "certificate_expiry_timestamp_seconds": authority.expires_at,
-    }
-    disks = {"cached": await in_thread(reactor, os.statvfs, shared.state.cache.root)}
-    with suppress(OSError, RegistryError):  # it may be on a server that does not answer
-        disks["hosted"] = await registry_disk.read(os.statvfs, shared.state.registry.root)
-    accept = request.headers.get("accept") or ""
-    content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, accept)
-    fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
-    await request.respond_long(200, fields, content)
+    """Respond with the metrics of all processes, in the format that the client prefers.
+
+    `requests` bounds how many are made and sent at a time, because each takes milliseconds and its own memory. Raise
+    the errors of `ClientShares`.
+    """
+    requests.acquire(request.client)
+    try:
+        used, limit = await shared.cache_space.usage()
+        measured = {
+            "cache_bytes": used,
+            "cache_limit_bytes": limit,
+            "certificate_expiry_timestamp_seconds": authority.expires_at,
+        }
+        disks = {"cached": await in_thread(reactor, os.statvfs, shared.state.cache.root)}
+        hosted = Deferred.fromCoroutine(registry_disk.read(os.statvfs, shared.state.registry.root))
+        with suppress(OSError, RegistryError, TimeoutError):  # it may be on a server that does not answer
+            disks["hosted"] = await hosted.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
+        accept = request.headers.get("accept") or ""
+        content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, accept)
+        fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
+        await request.respond_long(200, fields, content)
+    finally:
+        requests.release(request.client)
 
 
 def _render_metrics(
@@ -611,9 +629,11 @@ def _render_metrics(
     # Loaded in a thread, and only if somebody asks for metrics.
     from dockerproxy.daemon.exposition import measured_gauges, rate_limit_gauges, render
 
+    # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
     limits = {
-        registry_label(Registry.parse(host)): asdict(limit)
-        for host, limit in stored_limits(shared.state.open_records())
+        registry_label(registry): asdict(limit)
+        for registry, limit in stored_limits(shared.state.open_records())
+        if registry_label(registry) in shared.metrics.registries
     }
     gauges = (*measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits))
     return render(shared.metrics, gauges, accept)

@@ -222,6 +222,11 @@ class Metrics:
                 metrics.set(family, 0)
         return metrics
 
+    @property
+    def registries(self) -> frozenset[str]:
+        """The values of the label `registry`."""
+        return frozenset(self._registries)
+
     def add_registries(self, names: Iterable[str]) -> None:
         """Add values of the label `registry`. Call this in the main process; the others call `read_registries` then.
 
