@@ -334,7 +334,7 @@ def build_control_socket(
         reactor,
         resolver,
         cache_space,
-        Deleter(registry_disk, store, cache_space, state.open_records()),
+        Deleter(reactor, registry_disk, store, cache_space, state.open_records()),
         operations,
         rules,
         registry_disk,

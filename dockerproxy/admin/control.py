@@ -22,7 +22,7 @@ import os
 import pwd
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from attrs import asdict, field, frozen
@@ -72,6 +72,8 @@ CHECK = {"cached": FLAG}
 _ROWS_AT_ONCE = 50  # of a list: they are read in a thread, then sent
 
 _OPERATION_STATUSES = {"NOT_UNDERSTOOD": 400, "BUSY": 409}  # by the code of an `OperationError`; otherwise 500
+
+T = TypeVar("T")
 
 log = Logger()
 
@@ -195,25 +197,34 @@ class Control:
             return {**info, "error": error.message}
 
     async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
-        async def stream_rows(event: str, rows: Iterator[inventory.Row]) -> None:
+        async def stream_rows(store: StoreView, event: str, rows: Iterator[inventory.Row]) -> None:
             def read_some() -> list[inventory.Row]:
                 return list(islice(rows, _ROWS_AT_ONCE))
 
-            while batch := await self._registry_disk.run(read_some):
+            while batch := await self._in_thread(store.kind, read_some):
                 for row in batch:
                     response.send(event, **row)
                 await response.drain()
 
         kind = query.get("where")
         if "name" in query:
-            ref = await self._registry_disk.run(self._resolver.resolve, query["name"], kind)
-            await stream_rows("manifest", inventory.list_manifests(ref))
+            ref = await self._in_thread(kind, self._resolver.resolve, query["name"], kind)
+            await stream_rows(ref.store, "manifest", inventory.list_manifests(ref))
             response.finish(where=ref.store.kind, name=ref.repository)
         else:
             for store in self._resolver.stores:
                 if kind in (None, store.kind):
-                    await stream_rows("repository", inventory.list_repositories(store))
+                    await stream_rows(store, "repository", inventory.list_repositories(store))
             response.finish()
+
+    async def _in_thread(self, kind: str | None, function: Callable[..., T], *args: object) -> T:
+        """Return what `function` returns, which reads the store `kind`, or both.
+
+        The cache alone does not wait for REGISTRY_DIR, which may be on a machine that does not answer.
+        """
+        if kind == CACHED:
+            return await in_thread(self._reactor, function, *args)
+        return await self._registry_disk.run(function, *args)
 
     async def _principal(self, request: Request) -> Principal:
         """Return the local user that sent the request, and report it in the access log."""
@@ -225,7 +236,7 @@ class Control:
         principal = await self._principal(request)
         kind = arguments.get("where")
         # Resolve and check all names first, so that a wrong one changes nothing.
-        refs = [await self._registry_disk.run(self._resolver.resolve, name, kind) for name in arguments["names"]]
+        refs = [await self._in_thread(kind, self._resolver.resolve, name, kind) for name in arguments["names"]]
         for ref in refs:
             tag = None if arguments.get("force", False) else await self._deleter.tag_that_needs(ref)
             if tag is not None:

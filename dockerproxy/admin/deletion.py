@@ -6,13 +6,15 @@ garbage collection, so its blobs are deleted at once. A later pull fetches them 
 
 from __future__ import annotations
 
+from typing import Any
+
 from attrs import frozen
 from twisted.logger import Logger
 
 from dockerproxy.admin.inventory import Closure
 from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
-from dockerproxy.concurrency import shield
+from dockerproxy.concurrency import in_thread, shield
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.disk_access import DiskAccess
@@ -37,6 +39,7 @@ class DeletionResult:
 class Deleter:
     """Deletes images from both stores. `disk` accesses the hosted one; `records` are the cache's."""
 
+    _reactor: Any
     _disk: DiskAccess
     _hosted_store: HostedTree
     _space: CacheSpaceManager
@@ -82,8 +85,8 @@ class Deleter:
     # Cached.
 
     async def _delete_cached(self, ref: ImageRef) -> DeletionResult:
-        plan = await self._disk.run(_DeletionPlan.compute, ref)
-        await self._disk.run(self._unlink_cached, ref, plan)
+        plan = await in_thread(self._reactor, _DeletionPlan.compute, ref)
+        await in_thread(self._reactor, self._unlink_cached, ref, plan)
         await self._space.purge(plan.sizes)
         present_sizes = [size for size in plan.sizes.values() if size is not None]
         return DeletionResult(len(plan.tags), len(plan.manifests), len(present_sizes), sum(present_sizes))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from dockerproxy.admin.control import Control, local_user_name
@@ -45,8 +46,24 @@ def operations() -> OperationsStub:
     return OperationsStub()
 
 
+class SpaceStub:
+    async def purge(self, digests: Any) -> None: ...
+
+
+class HangingDisk:
+    """The directory is on a machine that does not answer."""
+
+    async def run(self, function: Any, *args: object) -> Any:
+        await Deferred()
+
+
 @pytest.fixture
-def client(tmp_path: Path, operations: OperationsStub, connect_client: Any) -> Any:
+def registry_disk(request: pytest.FixtureRequest) -> Any:
+    return getattr(request, "param", None)
+
+
+@pytest.fixture
+def client(tmp_path: Path, operations: OperationsStub, connect_client: Any, registry_disk: Any) -> Any:
     """A client of a control socket, whose process has the user ID 1000. The user's name is alice."""
     clock = SynchronousReactor()
     tree, cache = HostedTree.from_layout(Layout(tmp_path / "hosted")), Layout(tmp_path / "cache")
@@ -58,8 +75,11 @@ def client(tmp_path: Path, operations: OperationsStub, connect_client: Any) -> A
         return {1000: "alice"}[uid]
 
     resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset(), {})
-    disk, records = LocalDisk(clock), Records(tmp_path / "records")
-    deleter = Deleter(disk, tree, unused, unused)
+    for number in ("1", "2"):
+        put_image(HostedTree.from_layout(cache), f"quay.io/{number}", BOTH, "v1")
+    disk, records = registry_disk or LocalDisk(clock), Records(tmp_path / "records")
+    space: Any = SpaceStub()
+    deleter = Deleter(clock, disk, tree, space, records)
     running: Any = operations
     control = Control(
         clock,
@@ -115,6 +135,21 @@ def test_the_log_says_which_user_removed_an_image(client: Any) -> None:
         "alice at the control socket removed one:v1 (hosted)",
         "alice at the control socket removed two (hosted)",
     ]
+
+
+@pytest.mark.parametrize("registry_disk", [HangingDisk()], indirect=True)
+@pytest.mark.parametrize("query", ["", "&name=quay.io/1"])
+def test_the_cache_is_listed_while_the_registry_hangs(client: Any, query: str) -> None:
+    response = client.fetch("GET", f"/v1/repositories?where=cached{query}")
+    assert response.status == 200
+    assert [json.loads(line)["event"] for line in response.body.splitlines()][-1] == "result"
+
+
+@pytest.mark.parametrize("registry_disk", [HangingDisk()], indirect=True)
+def test_a_cached_image_is_removed_while_the_registry_hangs(client: Any) -> None:
+    for status in (200, 404):
+        body = json.dumps({"names": ["quay.io/1"], "where": "cached"}).encode()
+        assert client.fetch("POST", "/v1/remove", body=body).status == status
 
 
 def test_the_name_of_a_user() -> None:
