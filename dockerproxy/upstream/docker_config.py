@@ -75,16 +75,21 @@ def parse_key(key: str, warnings: list[str]) -> HostKey | None:
     authority, _, path = rest.partition("/")
     if path.strip("/") not in _ROOT_PATHS:
         warnings.append(
-            f"its entry {key[:200]!r} is not used, because it is for a part of a registry, and the proxy has one login"
+            f"its entry {_shown(key)} is not used, because it is for a part of a registry, and the proxy has one login"
             " for each registry"
         )
         return None
     try:
         host = parse_host_key(authority, 80 if scheme == "http" and separator else 443)
     except NameInvalid:
-        warnings.append(f"its entry {key[:200]!r} is not used, because it is not a registry's")
+        warnings.append(f"its entry {_shown(key)} is not used, because it is not a registry's")
         return None
     return canonical_host(host)
+
+
+def _shown(key: str) -> str:
+    """Return `key` for the log, without a login in it: people write URLs such as ``https://user:password@host``."""
+    return repr(key.rpartition("@")[2][:200])
 
 
 def _object(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -108,10 +113,10 @@ def _login(key: str, entry: object) -> Login | None:
     Docker takes a user name and password from ``auth`` if it is there.
     """
     if not isinstance(entry, dict):
-        raise ValueError(f"has an entry {key[:200]!r} that is not a JSON object")
+        raise ValueError(f"has an entry {_shown(key)} that is not a JSON object")
     values = {name: entry.get(name) or "" for name in ("auth", "username", "password", "identitytoken")}
     if not all(isinstance(value, str) for value in values.values()):
-        raise ValueError(f"has an entry {key[:200]!r} with a value that is not a text")
+        raise ValueError(f"has an entry {_shown(key)} with a value that is not a text")
     if values["identitytoken"]:
         return IdentityToken(_sendable(key, values["identitytoken"]))
     user, password = values["username"], values["password"]
@@ -121,16 +126,16 @@ def _login(key: str, entry: object) -> Login | None:
         except (binascii.Error, ValueError):
             colon = ""
         if not colon:
-            raise ValueError(f"has an entry {key[:200]!r} whose auth is not base64 of USER:PASSWORD")
+            raise ValueError(f"has an entry {_shown(key)} whose auth is not base64 of USER:PASSWORD")
         password = password.rstrip("\0")  # as docker does
     if not user and not password:
         return None
     if ":" in user:
-        raise ValueError(f"has an entry {key[:200]!r} whose user name has a colon")
+        raise ValueError(f"has an entry {_shown(key)} whose user name has a colon")
     return BasicCredentials(_sendable(key, user) if user else "", _sendable(key, password))
 
 
 def _sendable(key: str, text: str) -> str:
     if not text or any(character < " " or character == "\x7f" for character in text):
-        raise ValueError(f"has an entry {key[:200]!r} with an empty password, or with control characters")
+        raise ValueError(f"has an entry {_shown(key)} with an empty password, or with control characters")
     return text

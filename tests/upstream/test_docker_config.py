@@ -135,3 +135,14 @@ def test_any_json(value: Any) -> None:
         DockerConfig.parse(json.dumps(value).encode())
     except ValueError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize("entry", [{"auth": "dTpw"}, {"auth": "!"}, {"username": "u:v", "password": "p"}, 1])
+def test_a_login_in_a_key_is_not_logged(entry: Any) -> None:
+    """Messages about the file go to the log."""
+    for key in ("https://user:hunter2@quay.io/v2/", "user:hunter2@quay.io", "https://user:hunter2@quay.io/org"):
+        try:
+            text = " ".join(DockerConfig.parse(json.dumps({"auths": {key: entry}}).encode()).warnings)
+        except ValueError as error:
+            text = str(error)
+        assert "hunter2" not in text and "quay.io" in text
