@@ -19,7 +19,7 @@ SWITCH=drp-switch
 # Packages installed in the tree, and packages only downloaded into it: the dependencies of the package and of its
 # tests, which apt installs later.
 INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,sudo,docker.io,docker-cli,iptables,python3
-LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt
+LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt,python3-prometheus-client
 LATER+=,autopkgtest,dpkg-dev,python3-hypothesis,python3-pytest
 
 check_host() {
