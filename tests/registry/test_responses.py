@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dockerproxy import errors
-from dockerproxy.errors import RegistryError, UpstreamFailing, UpstreamRefused
+from dockerproxy.errors import HeadRefused, RegistryError, UpstreamFailing, UpstreamRefused
 from dockerproxy.http.request import Request
 from dockerproxy.registry.responses import cache_status_fields, respond_error
 
@@ -18,7 +18,9 @@ def classes() -> list[type[RegistryError]]:
 
 
 ERRORS = [
-    kind("a sentence", headers=[("Retry-After", "7")]) for kind in classes() if not issubclass(kind, UpstreamRefused)
+    kind("a sentence", headers=[("Retry-After", "7")])
+    for kind in classes()
+    if not issubclass(kind, UpstreamRefused | HeadRefused)
 ]
 STATUSES = {
     "NameInvalid": (400, "NAME_INVALID"),
