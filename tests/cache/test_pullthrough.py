@@ -1037,7 +1037,7 @@ def test_tenants_of_such_a_page(make_harness: Callable[..., CacheHarness], query
         ("other.example", "https://logins.example", "/tokens", False),
         ("other.example", "https://logins.example:444", "/token", False),
         ("other.example", "http://logins.example", "/token", False),
-        ("registry.logins.example", "https://logins.example", "/token", False),  # it is the registry's own
+        ("logins.example", "https://logins.example", "/token", False),  # it is the registry's own
     ],
 )
 def test_pages_that_registries_name(
