@@ -73,7 +73,7 @@ class Network:
     def fail(self, place: list[Deferred[str]], error: Exception = ERROR) -> None:
         for work in list(place):
             if not work.called:
-                work.errback(error)
+                work.errback(error.with_traceback(None))  # otherwise it grows each time that it is raised
 
     def answer(self, place: list[Deferred[str]]) -> None:
         for work in list(place):
