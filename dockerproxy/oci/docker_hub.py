@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from dockerproxy.oci.host_table import HostKey
 from dockerproxy.oci.names import Registry
 
@@ -20,6 +22,7 @@ def canonical_registry(server: Registry) -> Registry:
     return _CANONICAL.get(server, server)
 
 
+@lru_cache(1024)  # a hit asks for it, and a wildcard has any number of hosts
 def registry_label(server: Registry) -> str:
     """Return the name of a registry as people write it: ``docker.io`` for Docker Hub, its aliases and its tokens."""
     return "docker.io" if canonical_registry(server) in _HUB_SERVERS else str(server)
