@@ -26,7 +26,14 @@ from dockerproxy.cache.anonymous_tokens import AnonymousTokens
 from dockerproxy.cache.best_effort import try_put, try_remove
 from dockerproxy.cache.challenges import Realm
 from dockerproxy.cache.identity import PUBLIC, TOKEN_LIFETIME, Identities
-from dockerproxy.cache.upstream import UpstreamAgent, UpstreamResponse, error_from_response, is_denial, may_be_guard
+from dockerproxy.cache.upstream import (
+    UpstreamAgent,
+    UpstreamResponse,
+    WrappedResponse,
+    error_from_response,
+    is_denial,
+    may_be_guard,
+)
 from dockerproxy.errors import (
     BadRequest,
     CaptivePortalSuspected,
@@ -39,10 +46,9 @@ from dockerproxy.errors import (
     is_outage,
 )
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.stream import ClientBuffers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Digest, Host, Registry, Repository
+from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
@@ -331,7 +337,7 @@ class TokenEndpoint:
         return _render_response(token, token, TOKEN_LIFETIME, self._clock())
 
 
-class ObservedResponse(UpstreamResponse):
+class ObservedResponse(WrappedResponse):
     """A response to a token request that passes as it is. `observe` is called with the body before its end has passed.
 
     It returns False if the body is not complete yet.
@@ -356,26 +362,6 @@ class ObservedResponse(UpstreamResponse):
                 if self._observe(self._content) or self._attempts == _MAX_ATTEMPTS:
                     self._observe, self._content = None, b""
         return piece
-
-    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
-        """Return the next piece in a list; an empty list at the end."""
-        piece = await self.read_chunk()
-        return [piece] if piece else []
-
-    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
-        return await self._response.read_all(limit, digest)
-
-    def limit_read_ahead(self, size: int) -> None:
-        self._response.limit_read_ahead(size)
-
-    def count_for(self, buffers: ClientBuffers) -> None:
-        self._response.count_for(buffers)
-
-    async def discard(self) -> None:
-        await self._response.discard()
-
-    def abort(self) -> None:
-        self._response.abort()
 
 
 def _render_response(token: str, access_token: str, lifetime: float, now: float) -> bytes:

@@ -83,7 +83,33 @@ class UpstreamResponse(Protocol):
     def abort(self) -> None: ...
 
 
-class DecodedResponse(UpstreamResponse):
+class WrappedResponse(UpstreamResponse):
+    """A response that is read through another object. A subclass reads the pieces of `_response` in `read_chunk`."""
+
+    _response: UpstreamResponse
+
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
+        """Return the next piece in a list; an empty list at the end."""
+        piece = await self.read_chunk()
+        return [piece] if piece else []
+
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        return await self._response.read_all(limit, digest)
+
+    def limit_read_ahead(self, size: int) -> None:
+        self._response.limit_read_ahead(size)
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        self._response.count_for(buffers)
+
+    async def discard(self) -> None:
+        await self._response.discard()
+
+    def abort(self) -> None:
+        self._response.abort()
+
+
+class DecodedResponse(WrappedResponse):
     """A response that is passed on to a client, without its codings, because the client has not asked for any."""
 
     def __init__(self, response: UpstreamResponse, registry: Registry, codings: Sequence[str]) -> None:
@@ -110,26 +136,6 @@ class DecodedResponse(UpstreamResponse):
         if self._size > _MAX_DECODED:
             raise UpstreamBroken(f"{self._registry}: its decoded content exceeds {_MAX_DECODED} bytes")
         return piece
-
-    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
-        """Return the next piece in a list; an empty list at the end."""
-        piece = await self.read_chunk()
-        return [piece] if piece else []
-
-    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
-        return await self._response.read_all(limit, digest)
-
-    def limit_read_ahead(self, size: int) -> None:
-        self._response.limit_read_ahead(size)
-
-    def count_for(self, buffers: ClientBuffers) -> None:
-        self._response.count_for(buffers)
-
-    async def discard(self) -> None:
-        await self._response.discard()
-
-    def abort(self) -> None:
-        self._response.abort()
 
 
 class UpstreamAgent(Protocol):

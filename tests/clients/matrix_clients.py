@@ -89,8 +89,8 @@ class MatrixClient(ABC):
         """Remove all images, so that the next pull downloads everything again."""
 
     def push(self, source: str, target: str, logins: Logins) -> Result:
-        """Push the image that was pulled as `source` under the name `target`."""
-        raise NotImplementedError
+        """Push the image that was pulled as `source` under the name `target`. Raise TypeError if the client cannot."""
+        raise TypeError(f"{type(self).__name__} pushes no images")
 
     def write_logins(self, logins: Logins) -> Path:
         """Write a `config.json` with `logins`, and return its path."""
