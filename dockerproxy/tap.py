@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from dockerproxy import __version__
-from dockerproxy.admin.control import Control, DebugReport, UserName, local_user_name
+from dockerproxy.admin.control import Control, ControlHandler, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
@@ -143,6 +143,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             report,
             authority.fingerprint,
             partial(server.pools.lookups.run, local_user_name),
+            {},
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -325,6 +326,7 @@ def build_control_socket(
     debug_report: DebugReport,
     ca_fingerprint: str,
     user_name: UserName,
+    handlers: Mapping[tuple[str, str], ControlHandler],
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
@@ -344,6 +346,7 @@ def build_control_socket(
         ca_fingerprint,
         user_name,
         time.time,
+        handlers,
     )
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)

@@ -43,7 +43,8 @@ ALLOWED = {
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
     "control_client": set(),
-    "cli": {"__init__", "control_client", "durations", "terminal"},  # it must start fast, and the daemon does the work
+    "commands": {"control_client", "durations", "terminal"},  # they must start fast, and the daemon does the work
+    "cli": {"__init__", "control_client", "durations", "terminal"},  # it loads the one command that runs, by its name
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first

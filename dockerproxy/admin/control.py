@@ -96,6 +96,9 @@ UserName = Callable[[int], Awaitable[str]]
 DebugReport = Callable[[], Awaitable[dict[str, Any]]]
 """Returns what all processes are doing, as a JSON value."""
 
+ControlHandler = Callable[[Request, NDJSONResponse, Principal], Awaitable[None]]
+"""Responds to a request of the local user `Principal`. It may raise the errors that `Control.handle` renders."""
+
 
 @frozen
 class Control:
@@ -114,6 +117,8 @@ class Control:
     _ca_fingerprint: str
     _user_name: UserName
     _clock: Callable[[], float]
+    _handlers: Mapping[tuple[str, str], ControlHandler] = field(factory=dict)
+    """Those of other parts of the daemon, by method and path."""
     _start_time: float = field(init=False)
 
     @_start_time.default
@@ -145,6 +150,10 @@ class Control:
             response.send_error(500, "INTERNAL", "internal error in the daemon; see its log")
 
     async def _dispatch(self, request: Request, response: NDJSONResponse) -> None:
+        handler = self._handlers.get((request.method, request.path))
+        if handler is not None:
+            await handler(request, response, await self._principal(request))
+            return
         match request.method, request.path:
             case "GET", "/v1/status":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._status()).encode())

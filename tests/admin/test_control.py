@@ -12,11 +12,13 @@ from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 
 from dockerproxy.admin.control import Control, local_user_name
 from dockerproxy.admin.deletion import Deleter
+from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.operations import Event
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.rate_limits import LIMIT, RateLimits
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Registry
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
@@ -57,6 +59,10 @@ class HangingDisk:
         await Deferred()
 
 
+async def echo_principal(request: Request, response: NDJSONResponse, principal: Principal) -> None:
+    request.respond(200, [], str(principal).encode())
+
+
 @pytest.fixture
 def registry_disk(request: pytest.FixtureRequest) -> Any:
     return getattr(request, "param", None)
@@ -95,6 +101,7 @@ def client(tmp_path: Path, operations: OperationsStub, connect_client: Any, regi
         "AB",
         user_name,
         clock.seconds,
+        {("GET", "/v1/echo"): echo_principal},
     )
     client = connect_client(control.handle, clock=clock, client="-")
     client.transport.peer_uid = 1000
@@ -177,3 +184,8 @@ def test_the_budget_has_the_limits_of_all_registries(tmp_path: Path, client: Any
             },
         ]
     }  # fmt: skip
+
+
+def test_a_handler_of_another_part_knows_the_user(client: Any) -> None:
+    assert client.fetch("GET", "/v1/echo").body == b"alice at the control socket"
+    assert client.fetch("POST", "/v1/echo").status == 404
