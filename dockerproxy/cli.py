@@ -125,12 +125,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
     add_command(
-        "status", "report:status", "show disk usage, running operations, refused logins and the CA's fingerprint"
+        "status", "status:status", "show disk usage, running operations, refused logins and the CA's fingerprint"
     )
     add_command(
-        "budget", "report:budget", "show how many pulls registries still allow, and until when they refuse more"
+        "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"
     )
-    add_command("debug", "report:debug", "show what each process is doing: downloads, connections, waiting work, locks")
+    add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
 
