@@ -16,7 +16,7 @@ from twisted.application.internet import TimerService
 from twisted.internet.defer import Deferred, TimeoutError
 
 from dockerproxy import __version__
-from dockerproxy.admin.builtin_endpoints import builtin_endpoints
+from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
@@ -66,10 +66,12 @@ from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.shares import Bound, ClientShares
 from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
+from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.uploads import UploadLimits
+from dockerproxy.store.write_probe import WriteProbe
 from dockerproxy.thread_pool import DISK_THREADS, PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
@@ -242,6 +244,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
     metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
+    probes = build_write_probes(reactor, shared.state, disk)
+    ready_handler = partial(handle_ready, lambda: probes[: 1 if rules.read_only else 2])
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
@@ -256,7 +260,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         registries.mirrored,
         hosted_store.has_repository,
     )
-    pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler)
+    pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler, ready_handler)
     proxy_pages = pages_for(proxy_port(settings), on_proxy_port=True)
     proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)
     registry_router = Router(
@@ -331,6 +335,15 @@ def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) ->
         return LocalDisk(reactor), [tree.uploads]
     network_disk = NetworkDisk.start(reactor, "REGISTRY_DIR", state.registry_file_system)
     return network_disk, network_disk.bounds
+
+
+def build_write_probes(reactor: Any, state: StateDirectory, registry_disk: DiskAccess) -> tuple[WriteProbe, WriteProbe]:
+    """Return the probes of CACHE_DIR and of REGISTRY_DIR, whose reserve of space is not for clients."""
+    reserve = DiskReserve(str(state.registry.root))
+    return (
+        WriteProbe(reactor, "CACHE_DIR", state.cache, partial(in_thread, reactor)),
+        WriteProbe(reactor, "REGISTRY_DIR", state.registry, registry_disk.run, reserve.check),
+    )
 
 
 def open_certificates(settings: Settings) -> Certificates:

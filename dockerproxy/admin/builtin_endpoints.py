@@ -1,13 +1,19 @@
-"""The daemon's own HTTP endpoints: welcome page, CA certificate, set-up script, health check and metrics."""
+"""The daemon's own HTTP endpoints: welcome page, CA certificate, set-up script, health checks and metrics."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from twisted.internet.defer import Deferred, gatherResults
 
 from dockerproxy.admin.setup import setup_script
 from dockerproxy.errors import BadRequest, NameInvalid
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
+from dockerproxy.store.write_probe import StoreState, WriteProbe
 
+_RETRY_AFTER = "10"  # seconds
 _NO_STORE = ("Cache-Control", "no-store")
 _TEXT_FIELDS = [("Content-Type", "text/plain; charset=utf-8"), _NO_STORE]
 
@@ -21,15 +27,21 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
                     curl -fsS {url}setup | sudo sh
                     curl -fsS {url}setup | sudo sh -s -- --ca-sha256 FINGERPRINT
                     (the second form stops if the CA is not that of `dockerproxy status` on the server)
-  /healthz          health check
+  /healthz          health check: the daemon is alive
+  /readyz           503 if it cannot write to one of its directories
   /metrics          metrics for Prometheus
 """
 
 
 def builtin_endpoints(
-    certificate_pem: bytes, metrics: Handler, proxy_port: int | None = None, *, on_proxy_port: bool = False
+    certificate_pem: bytes,
+    metrics: Handler,
+    ready: Handler,
+    proxy_port: int | None = None,
+    *,
+    on_proxy_port: bool = False,
 ) -> dict[str, Handler]:
-    """Return the handlers of GET by path. `metrics` handles `/metrics`.
+    """Return the handlers of GET by path. `metrics` handles `/metrics`, and `ready` `/readyz`.
 
     `proxy_port` is the proxy's port without TLS. With `on_proxy_port` a request without TLS came to it, maybe under
     another number (port forwarding), which then counts.
@@ -61,8 +73,22 @@ def builtin_endpoints(
         "/setup": setup,
         "/setup/systemd": setup,  # as in rpardini/docker-registry-proxy
         "/healthz": health,
+        "/readyz": ready,
         "/metrics": metrics,
     }
+
+
+async def handle_ready(probes: Callable[[], Sequence[WriteProbe]], request: Request) -> None:
+    """Respond with 503 if a store cannot be written, and otherwise with 200, within some seconds.
+
+    That a file system does not answer is said with 200: the cache goes on, and it may answer at any moment.
+    """
+    results = await gatherResults([Deferred.fromCoroutine(probe.probe()) for probe in probes()])
+    sentences = [result.sentence for result in results if result.sentence]
+    failed = [result.sentence for result in results if result.state is StoreState.FAILED]
+    fields = [*_TEXT_FIELDS, ("Retry-After", _RETRY_AFTER)] if failed else _TEXT_FIELDS
+    content = "".join(f"{sentence}\n" for sentence in failed or ["ready", *sentences])
+    request.respond(503 if failed else 200, fields, content.encode())
 
 
 def _base_url(request: Request, port: int | None) -> str:

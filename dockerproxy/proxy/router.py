@@ -15,7 +15,7 @@ from dockerproxy.proxy.host_rule import HostRule, is_host
 
 # A machine needs these before it is set up, and a monitoring system to see that we are alive. They contain no secret,
 # and a set-up must not fail because of the name that leads here.
-_FOR_ANY_HOST = frozenset({"/ca.crt", "/setup", "/setup/systemd", "/healthz"})
+_FOR_ANY_HOST = frozenset({"/ca.crt", "/setup", "/setup/systemd", "/healthz", "/readyz"})
 
 _PUBLIC_PAGES = _FOR_ANY_HOST | {"/"}
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 import pytest
 
-from dockerproxy.admin.builtin_endpoints import builtin_endpoints
+from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request, respond_text_error
 from dockerproxy.oci.names import Host
 from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.proxy.router import BrowserProtection, Router
+from dockerproxy.store.write_probe import ProbeResult, StoreState
 
 PEM = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
@@ -54,8 +56,12 @@ def connect(connect_client: Any) -> Any:
             fields = [("Content-Type", "text/plain; version=0.0.4"), ("Cache-Control", "no-store")]
             request.respond(200, fields, b"# HELP")
 
+        async def ready(request: Request) -> None:
+            fields = [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")]
+            request.respond(200, fields, b"ready")
+
         protection = BrowserProtection(HostRule(allowed=None), CrossOriginProtection())
-        router = Router(registry, builtin_endpoints(PEM, metrics, proxy_port), protection, respond_text_error)
+        router = Router(registry, builtin_endpoints(PEM, metrics, ready, proxy_port), protection, respond_text_error)
 
         def handle(request: Request) -> Awaitable[None]:
             request.host = name
@@ -72,6 +78,7 @@ def connect(connect_client: Any) -> Any:
         ("/", "text/plain; charset=utf-8", b"docker-registry-proxy"),
         ("/ca.crt", "application/x-x509-ca-cert", PEM),
         ("/healthz", "text/plain; charset=utf-8", b"ok\n"),
+        ("/readyz", "text/plain; charset=utf-8", b"ready"),
         ("/metrics", "text/plain; version=0.0.4", b"# HELP"),
         ("/setup", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
         ("/setup", "text/x-shellscript; charset=utf-8", b"#!/bin/sh\n"),
@@ -180,3 +187,40 @@ def test_only_the_script_needs_a_host_field(connect: Any) -> None:
     client = connect()
     client.send(b"GET /setup/systemd HTTP/1.0\r\n\r\n")
     assert client.read_response().status == 400
+
+
+# /readyz
+
+
+class _Probe:
+    """A probe with a fixed result."""
+
+    def __init__(self, state: StoreState, sentence: str = "") -> None:
+        self._result = ProbeResult(state, sentence)
+
+    async def probe(self) -> ProbeResult:
+        return self._result
+
+
+WRITABLE = _Probe(StoreState.WRITABLE)
+FULL = _Probe(StoreState.FAILED, "REGISTRY_DIR is full")
+HANGS = _Probe(StoreState.HANGS, "CACHE_DIR has not answered for 2 s")
+
+
+@pytest.mark.parametrize(
+    ("probes", "status", "content"),
+    [
+        ([WRITABLE, WRITABLE], 200, b"ready\n"),
+        ([WRITABLE, FULL], 503, b"REGISTRY_DIR is full\n"),
+        ([HANGS, WRITABLE], 200, b"ready\nCACHE_DIR has not answered for 2 s\n"),
+        ([HANGS, FULL], 503, b"REGISTRY_DIR is full\n"),
+        ([WRITABLE], 200, b"ready\n"),
+    ],
+    ids=["ready", "full", "hangs", "both", "read-only"],
+)
+def test_readyz_is_503_if_a_store_cannot_be_written(
+    connect_client: Any, probes: list[Any], status: int, content: bytes
+) -> None:
+    response = connect_client(partial(handle_ready, lambda: probes)).fetch("GET", "/readyz")
+    assert (response.status, response.body) == (status, content)
+    assert response.headers.get("Retry-After") == ("10" if status == 503 else None)

@@ -1,0 +1,137 @@
+"""Whether a store can be written at this moment: a file is written, and removed again."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from attrs import define, field, frozen
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from dockerproxy.errors import RegistryError
+from dockerproxy.store.layout import Layout
+
+ANSWER_TIMEOUT = 2.0
+"""Seconds after which a file system that does not answer counts as hanging."""
+RESULT_TTL = 1.0
+"""Seconds for which a result counts, so that frequent requests do not keep the disk busy."""
+
+_SIZE = 4096  # bytes; an empty file needs no block of the disk
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+RunInThread = Callable[[Callable[[], str]], Awaitable[str]]
+"""Calls a function that may block, in a thread."""
+
+
+class StoreState(enum.Enum):
+    """The state of a store."""
+
+    WRITABLE = enum.auto()
+    FAILED = enum.auto()
+    HANGS = enum.auto()
+
+
+@frozen
+class ProbeResult:
+    """The result of a probe. `sentence` names the setting of the directory, without its path, and the problem."""
+
+    state: StoreState
+    sentence: str = ""
+
+
+@define(eq=False)
+class WriteProbe:
+    """Probes a store, whose directory the setting `name` has. Concurrent callers share one write.
+
+    While a file system hangs, one thread waits for it, however many callers there are. `check` raises `OSError` if
+    clients may not write to the store, though that is possible.
+    """
+
+    _reactor: Any
+    name: str
+    _layout: Layout
+    _run: RunInThread
+    _check: Callable[[], None] = lambda: None
+    _last: tuple[float, ProbeResult] | None = field(default=None, init=False)
+    _waiters: list[Deferred[ProbeResult]] = field(factory=list, init=False)
+    _began_at: float | None = field(default=None, init=False)  # of a write that has not ended
+
+    async def probe(self) -> ProbeResult:
+        """Return the state of the store, within `ANSWER_TIMEOUT` seconds."""
+        now = self._reactor.seconds()
+        if self._last is not None and now - self._last[0] < RESULT_TTL:
+            return self._last[1]
+        if self._began_at is None:
+            self._began_at = now
+            Deferred.fromCoroutine(self._write()).addBoth(self._end)
+            if self._began_at is None and self._last is not None:  # it has ended already
+                return self._last[1]
+        left = self._began_at + ANSWER_TIMEOUT - now
+        if left <= 0:
+            return self._hanging()
+        waiter: Deferred[ProbeResult] = Deferred(self._waiters.remove)
+        self._waiters.append(waiter)
+        timer = self._reactor.callLater(left, self._give_up, waiter)
+        try:
+            return await waiter
+        finally:
+            if timer.active():
+                timer.cancel()
+
+    async def _write(self) -> str:
+        return await self._run(self._try_write)
+
+    def _try_write(self) -> str:
+        """Write a file and remove it. Return why that is impossible, or `""`. Blocks."""
+        try:
+            self._check()
+            write_file(self._layout.staging)
+        except OSError as error:
+            if error.errno in _FULL:
+                return f"{self.name} is full: {error.strerror}; free space there, or give it a larger disk"
+            return f"{self.name} cannot be written: {error.strerror}; see the permissions and mounts of its directory"
+        return ""
+
+    def _end(self, result: str | Failure) -> None:
+        self._began_at = None
+        if isinstance(result, Failure):
+            if not isinstance(result.value, RegistryError):
+                sentence = f"{self.name} cannot be probed: {result.getErrorMessage()}"
+                outcome = ProbeResult(StoreState.FAILED, sentence)
+            else:  # the threads for it are all busy
+                outcome = self._hanging()
+        else:
+            outcome = ProbeResult(StoreState.FAILED if result else StoreState.WRITABLE, result)
+        self._last = self._reactor.seconds(), outcome
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(outcome)
+
+    def _give_up(self, waiter: Deferred[ProbeResult]) -> None:
+        self._waiters.remove(waiter)
+        waiter.callback(self._hanging())
+
+    def _hanging(self) -> ProbeResult:
+        sentence = f"{self.name} has not answered for {ANSWER_TIMEOUT:g} s; is its disk alive?"
+        return ProbeResult(StoreState.HANGS, sentence)
+
+
+def write_file(directory: str) -> None:
+    """Write a file of some KiB in `directory`, and remove it. Raise `OSError`. Blocks."""
+    path = f"{directory}/probe-{secrets.token_hex(8)}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            if os.write(descriptor, bytes(_SIZE)) < _SIZE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
