@@ -55,6 +55,7 @@ from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.hosted_rules import HostedRules
@@ -159,6 +160,7 @@ class ProxyServer:
     certificates: Certificates
     hosted_tree: HostedTree
     registry_disk: DiskAccess
+    audit: AuditLog
     pools: ThreadPools
     bounds: Sequence[Bound]
     """The bounds that `debug_report` shows."""
@@ -241,7 +243,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     )
     rules = HostedRules()
     set_hosted_rules(rules, settings)
-    hosted_app = HostedRegistryApp(api, HostedRegistry(hosted_store, parser, rules), access_control, rules)
+    audit = AuditLog.open(reactor, str(settings.state_dir))
+    hosted_app = HostedRegistryApp(
+        api, HostedRegistry(hosted_store, parser, audit, rules), access_control, audit, rules
+    )
     metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
     probes = build_write_probes(reactor, shared.state, disk)
@@ -309,6 +314,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         certificates,
         hosted_tree,
         disk,
+        audit,
         pools,
         [
             budgets.requests.shares,

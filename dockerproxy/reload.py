@@ -20,8 +20,10 @@ from dockerproxy.config_files import read_config_file
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
 from dockerproxy.oci.host_table import RegistryMap, Wildcard
-from dockerproxy.oci.names import Host, Registry
+from dockerproxy.oci.names import Host
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.htpasswd import HtpasswdError
+from dockerproxy.registry.principal import Principal
 from dockerproxy.settings import (
     Settings,
     SettingsError,
@@ -53,6 +55,8 @@ _RELOADABLE = {
     "cors_origins",
     "warnings",
 }
+
+_SIGNAL = Principal(None, "SIGHUP", None)
 
 log = Logger()
 
@@ -160,10 +164,6 @@ class RegistryTable:
         mirrored += [(alias.host, DOCKER_HUB) for alias in DOCKER_HUB_ALIASES]
         self.mirrored.replace(mirrored, self._wildcards, own_names)
 
-    def is_listed(self, server: Registry) -> bool:
-        """Return whether the settings name `server` itself, or it is Docker Hub's."""
-        return self.intercepted.get(server.host) == server and self.intercepted.covering(server.host) is None
-
     @property
     def status(self) -> str:
         """The text that `systemctl status` shows."""
@@ -176,6 +176,8 @@ class Reloader:
 
     `apply` returns sentences about worker processes that could not apply them. `initial_settings` are the settings that
     the daemon started with. A changed setting that a reload cannot apply is found by comparison with them.
+
+    `audit` gets an entry for each. `on_ended` is called with whether the settings could be used.
     """
 
     read: Callable[[], Configuration]
@@ -183,22 +185,28 @@ class Reloader:
     initial_settings: Settings
     registries: RegistryTable
     notifier: Notifier
+    audit: AuditLog
+    on_ended: Callable[[bool], None]
     _lock: DeferredLock = field(factory=DeferredLock, init=False)
 
     def __call__(self) -> None:
-        """Reload. If that fails, report the reason to the log and to systemd, and keep the current settings."""
-        spawn(self._reload_in_turn(), "reloading the settings")
+        """Reload because of a signal.
 
-    async def _reload_in_turn(self) -> None:
+        If that fails, report the reason to the log and to systemd, and keep the current settings.
+        """
+        spawn(self._reload_in_turn(_SIGNAL), "reloading the settings")
+
+    async def _reload_in_turn(self, principal: Principal) -> None:
         async with self._lock:
-            await self._reload()
+            await self._reload(principal)
 
-    async def _reload(self) -> None:
+    async def _reload(self, principal: Principal) -> None:
         self.notifier.reloading()
         outcome = "not reloaded: internal error; see the log"  # systemd waits for the end of a reload, however it ends
         try:
             outcome = await self._try_reload()
         finally:
+            self.audit.record(principal, "reload", "the settings", outcome or "done")
             self.notifier.ready("; ".join(filter(None, (self.registries.status, outcome))))
 
     async def _try_reload(self) -> str:
@@ -209,7 +217,9 @@ class Reloader:
         except (SettingsError, HtpasswdError, OSError) as error:
             reason = describe_error(error)
             log.error("not reloaded, the settings are unchanged: {reason}", reason=reason)
+            self.on_ended(False)
             return f"not reloaded: {reason}"
+        self.on_ended(True)
         for warning in configuration.settings.warnings:
             log.warn("{warning}", warning=warning)
         for name in self._needing_restart(configuration.settings):

@@ -35,14 +35,16 @@ from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
-from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.daemon.metrics import RELOAD_SUCCESS, Metrics
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
+from dockerproxy.registry.principal import Principal
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
@@ -53,7 +55,6 @@ from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.terminal import format_size
 from dockerproxy.upstream.credential_helper import CredentialHelpers
 from dockerproxy.upstream.login_provider import LocalLoginProvider
-from dockerproxy.upstream.registry_states import RegistryStates
 from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
@@ -62,6 +63,8 @@ from dockerproxy.workers.process import SERVER_SILENT, TOKEN_BOUND, ForkedState,
 from dockerproxy.workers.supervisor import WorkerSupervisor
 
 _WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
+
+_DAEMON = Principal(None, "the daemon", None)
 
 log = Logger()
 
@@ -101,6 +104,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     configuration = read()
     settings = configuration.settings
     state = StateDirectory.open(settings.cache_dir, settings.registry_dir)  # first, because another daemon may run
+    has_ca = settings.ca_crt_file is not None or (settings.ca_dir / "ca.crt").exists()
     certificates = open_certificates(settings)
     authority = certificates.authority
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
@@ -115,15 +119,15 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
-    registry_states = RegistryStates(
-        reactor, time.time, server.registries.is_listed, partial(metrics.count_of, cache_status="STALE")
-    )
-    silent_servers.set_on_state_changed(registry_states.report)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state)
-    reloader = Reloader(read, apply, settings, server.registries, notifier)
-    operations = Operations(reactor, shared_state.locks, time.time)
+    server.metrics.set(RELOAD_SUCCESS, 1)
+    report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
+    reloader = Reloader(read, apply, settings, server.registries, notifier, server.audit, report_reload)
+    operations = Operations(reactor, shared_state.locks, server.audit, time.time)
+    if not has_ca:
+        reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
     report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (
@@ -144,6 +148,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             operations,
             server.hosted_app.rules,
             server.registry_disk,
+            server.audit,
             shared_state.ended_logins,
             report,
             authority.fingerprint,
@@ -203,7 +208,6 @@ def build_workers(
         {TOKEN_BOUND: shared.bindings.add, SERVER_SILENT: shared.silent_servers.add},
         SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
         relay_logs=not keep_log_observers,
-        initial_news=lambda: ((SERVER_SILENT, news) for news in shared.silent_servers.news()),
     )
     opener = EndpointOpener(reactor, lambda listener: ConnectionDispatcher(listener, table, supervisor.dispatch))
     if settings.workers == 1:
@@ -328,6 +332,7 @@ def build_control_socket(
     operations: Operations,
     rules: HostedRules,
     registry_disk: DiskAccess,
+    audit: AuditLog,
     ended_logins: EndedLogins,
     debug_report: DebugReport,
     ca_fingerprint: str,
@@ -342,7 +347,7 @@ def build_control_socket(
         reactor,
         resolver,
         cache_space,
-        Deleter(reactor, registry_disk, store, cache_space, state.open_records()),
+        Deleter(reactor, registry_disk, store, cache_space, state.open_records(), audit),
         operations,
         rules,
         registry_disk,

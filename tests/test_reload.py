@@ -25,6 +25,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, RegistryTable, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.upstream.authorizer import Authorizer
+from tests.support.audit import make_audit_log
 from tests.twistd import twistd_command
 
 pytestmark = pytest.mark.slow  # each test starts a daemon
@@ -65,7 +66,11 @@ class ReloadHarness:
         self.log_lines: list[str] = []
         for level in ("info", "warn", "error"):
             monkeypatch.setattr(f"dockerproxy.reload.log.{level}", self._log(level))
-        self.reload = Reloader(self._read, self._apply, self.current, self.registries, self.notifier)
+        self.audit, self.recorded = make_audit_log()
+        self.successes: list[bool] = []
+        self.reload = Reloader(
+            self._read, self._apply, self.current, self.registries, self.notifier, self.audit, self.successes.append
+        )
 
     def _log(self, level: str) -> Any:
         return lambda form, **fields: self.log_lines.append(f"{level} {form.format(**fields)}")
@@ -113,6 +118,10 @@ def test_reload_applies_new_settings(harness: ReloadHarness) -> None:
     assert LOCAL.host in harness.registries.intercepted
     assert harness.notifier.messages == ["RELOADING", "READY serving registry-1.docker.io, registry.test:5000"]
     assert harness.log_lines == ["info reloaded: serving registry-1.docker.io, registry.test:5000"]
+    assert [(entry["from"], entry["action"], entry["result"]) for entry in harness.recorded] == [
+        ("SIGHUP", "reload", "done")
+    ]
+    assert harness.successes == [True]
 
 
 def test_settings_that_need_a_restart_are_logged(harness: ReloadHarness) -> None:
@@ -144,6 +153,7 @@ def test_failed_reload_changes_nothing(harness: ReloadHarness, error: Exception,
     assert describe_error(error) == reason
     harness.error = error
     harness.reload()
+    assert (harness.recorded[0]["result"], harness.successes) == (f"not reloaded: {reason}", [False])
     assert list(harness.registries.intercepted.values()) == [HUB, QUAY, TOKENS, *ALIASES]
     status = "serving registry-1.docker.io, quay.io"
     assert harness.notifier.messages == ["RELOADING", f"READY {status}; not reloaded: {reason}"]

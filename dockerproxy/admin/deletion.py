@@ -15,7 +15,9 @@ from dockerproxy.admin.inventory import Closure
 from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread, shield
+from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
@@ -44,12 +46,18 @@ class Deleter:
     _hosted_store: HostedTree
     _space: CacheSpaceManager
     _records: Records
+    _audit: AuditLog
 
     async def delete(self, principal: Principal, ref: ImageRef) -> DeletionResult:
-        """Delete the tag, manifest, blob or repository that `ref` names. Log it with `principal`."""
+        """Delete the tag, manifest, blob or repository that `ref` names. Log and record it with `principal`."""
         deletion = self._delete_hosted(ref) if ref.store.kind == HOSTED else self._delete_cached(ref)
         # To its end even if the command is interrupted: a thread cannot be, and the lock is held as long as it works.
-        result = await shield(deletion, f"deletion of {ref}")
+        try:
+            result = await shield(deletion, f"deletion of {ref}")
+        except (OSError, RegistryError) as error:
+            self._audit.record(principal, "remove", f"{ref} ({ref.store.kind})", f"failed: {error}")
+            raise
+        self._audit.record(principal, "remove", f"{ref} ({ref.store.kind})")
         log.info("{principal} removed {name} ({kind})", principal=str(principal), name=str(ref), kind=ref.store.kind)
         return result
 

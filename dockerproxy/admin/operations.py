@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from dockerproxy.concurrency import KeyedLock
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.principal import Principal
 
 _STOP_TIMEOUT = 10.0  # seconds that the process has to end before it is killed
@@ -40,13 +41,14 @@ class OperationError(Exception):
 class Operations(Service):
     """Runs long operations one at a time, because concurrent ones would invalidate each other's results.
 
-    `locks` are those of the hosted store's repositories. `current` has the name of the running operation, the user that
-    started it, and when, as POSIX time by `clock`.
+    Each is recorded in `audit` at its end. `locks` are those of the hosted store's repositories. `current` has the name
+    of the running operation, the user that started it, and when, as POSIX time by `clock`.
     """
 
-    def __init__(self, reactor: Any, locks: KeyedLock, clock: Callable[[], float]) -> None:
+    def __init__(self, reactor: Any, locks: KeyedLock, audit: AuditLog, clock: Callable[[], float]) -> None:
         self._reactor = reactor
         self._locks = locks
+        self._audit = audit
         self._clock = clock
         self._process: OperationProcess | None = None
         self.current: dict[str, Any] | None = None
@@ -67,11 +69,20 @@ class Operations(Service):
             raise OperationError("BUSY", f"the daemon is busy: {running}; try again later")
         self.current = {"name": name, "user": principal.user, "since": self._clock()}
         log.info("{principal} started {operation}", operation=name, principal=str(principal))
+        outcome = "interrupted"
         try:
-            return await self._run_process(name, options, on_event)
+            result = await self._run_process(name, options, on_event)
+            outcome = "done"
+            return result
+        except OperationError as error:
+            outcome = f"failed: {error.message}"
+            raise
         finally:
             self.current = None
             log.info("{operation} of {principal} ended", operation=name, principal=str(principal))
+            target = str(options.get("directory", options.get("root", "")))
+            flags = ", ".join(option for option, value in options.items() if value is True)
+            self._audit.record(principal, name, target, outcome, flags)
 
     def stopService(self) -> Deferred[None] | None:
         """Wait until the operation has ended, which the control socket stops by closing its client's connection."""

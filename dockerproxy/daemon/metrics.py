@@ -151,7 +151,9 @@ EVICTIONS = Family(
 TUNNELS = Family("tunnels", "Open tunnels.", is_gauge=True)
 DOWNLOADS = Family("downloads", "Downloads from registries in progress.", is_gauge=True)
 
-GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS)
+RELOAD_SUCCESS = Family("reload_success", "Whether the settings could be used when they were last read.", is_gauge=True)
+
+GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS, RELOAD_SUCCESS)
 """The families that exist once."""
 
 
@@ -304,15 +306,6 @@ class Metrics:
     def set(self, gauge: Family, value: int) -> None:
         """Set a gauge of this process. Its value is the sum over all processes."""
         self._counters[self._first_word + _GLOBAL_START[gauge]] = value
-
-    def count_of(self, registry: str, cache_status: str) -> int:
-        """Return how many requests for a registry had a cache status, over all processes; 0 if it is unknown."""
-        index = self._registries.get(registry)
-        if index is None:
-            return 0
-        base = _GLOBAL_WORDS + index * _WORDS_PER_REGISTRY
-        cells = [base + _REQUESTS[kind, cache_status] for kind in KINDS]
-        return sum(sum(self._counters[cell :: self._words_per_process]) for cell in cells)
 
     def samples(self, family: Family) -> Iterator[Sample]:
         """Yield the sum over all processes of every cell of `family`, and of every registry that it has."""

@@ -9,7 +9,7 @@ moment, and the bytes received so far count if the client returns.
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from attrs import field, frozen
@@ -34,6 +34,7 @@ from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery, build_index
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus, algorithm_for, declared_length
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.hosted_store import HostedStore, UploadSession
@@ -61,6 +62,7 @@ class HostedRegistry:
 
     _store: HostedStore
     _parser: ContentParser
+    _audit: AuditLog
     _rules: HostedRules = field(factory=HostedRules)
 
     # pulls
@@ -122,7 +124,12 @@ class HostedRegistry:
         self, principal: Principal, name: Repository, content: bytes, media_type: str, digest: Digest | None,
         tags: Sequence[Tag],
     ) -> PushedManifest:  # fmt: skip
-        operation = self._put_manifest(principal, name, content, media_type, digest, tags)
+        references = ", ".join(tags) or str(digest)
+        operation = self._audited(
+            principal, "push", f"{name}:{references}" if tags else f"{name}@{references}",
+            self._put_manifest(principal, name, content, media_type, digest, tags),
+            lambda manifest: str(manifest.digest),
+        )  # fmt: skip
         return await self._finish(principal, f"push to {name}", operation)
 
     async def _put_manifest(
@@ -137,16 +144,44 @@ class HostedRegistry:
 
     async def delete_manifest(self, principal: Principal, name: Repository, reference: Reference) -> None:
         if isinstance(reference, Digest):
-            removal = self._store.remove_manifest(name, reference)
+            removal, target = self._store.remove_manifest(name, reference), f"{name}@{reference}"
         else:
-            removal = self._store.remove_tag(name, reference)
-        if not await self._finish(principal, f"deletion of {name} {reference}", removal):
-            raise ManifestUnknown(f"{name} has no manifest {reference}")
+            removal, target = self._store.remove_tag(name, reference), f"{name}:{reference}"
+        missing = ManifestUnknown(f"{name} has no manifest {reference}")
+        await self._delete(principal, target, removal, missing)
 
     async def delete_blob(self, principal: Principal, name: Repository, digest: Digest) -> None:
-        removal = self._store.unlink_blob(name, digest)
-        if not await self._finish(principal, f"deletion of {name} {digest}", removal):
-            raise BlobUnknown(f"{name} has no blob {digest}")
+        missing = BlobUnknown(f"{name} has no blob {digest}")
+        await self._delete(principal, f"{name}@{digest}", self._store.unlink_blob(name, digest), missing)
+
+    async def _delete(
+        self, principal: Principal, target: str, removal: Coroutine[Any, Any, bool], missing: RegistryError
+    ) -> None:
+        """Await `removal`, and raise `missing` if there was nothing to remove."""
+
+        async def delete() -> None:
+            if not await removal:
+                raise missing
+
+        operation = self._audited(principal, "delete", target, delete(), lambda _: "")
+        await self._finish(principal, f"deletion of {target}", operation)
+
+    async def _audited(
+        self,
+        principal: Principal,
+        action: str,
+        target: str,
+        operation: Coroutine[Any, Any, T],
+        describe: Callable[[T], str],
+    ) -> T:
+        """Return the result of `operation`, and record how it ended; `describe` returns the detail of a result."""
+        try:
+            result = await operation
+        except (OSError, RegistryError) as error:
+            self._audit.record(principal, action, target, f"failed: {error}")
+            raise
+        self._audit.record(principal, action, target, detail=describe(result))
+        return result
 
     # uploads
 

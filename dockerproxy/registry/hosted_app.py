@@ -9,6 +9,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.oci.routes import route_hosted
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.backend import RegistryBackend
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.responses import respond_error
@@ -21,6 +22,7 @@ class HostedRegistryApp:
     api: RegistryAPI
     backend: RegistryBackend
     access_control: AccessControl
+    audit: AuditLog
     rules: HostedRules = field(factory=HostedRules)
 
     async def handle(self, request: Request) -> None:
@@ -33,7 +35,13 @@ class HostedRegistryApp:
         request.kind = target.kind.value
         principal = await self.access_control.check(request, target)
         request.user = principal.user
-        self.rules.check(request, target)
+        try:
+            self.rules.check(request, target)
+        except RegistryError as error:
+            if principal.user is not None:  # what anybody can cause would displace the other entries
+                resource = request.path.removeprefix("/v2/")
+                self.audit.record(principal, request.method, resource, f"refused: {error.message}")
+            raise
         await self.api.handle(request, target, self.backend, principal)
 
 

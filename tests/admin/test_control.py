@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dockerproxy.cache.rate_limits import LIMIT, RateLimits
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Registry
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 from dockerproxy.store.disk_access import LocalDisk
@@ -69,7 +71,18 @@ def registry_disk(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def client(tmp_path: Path, operations: OperationsStub, connect_client: Any, registry_disk: Any) -> Any:
+def recorded() -> list[Mapping[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def client(
+    tmp_path: Path,
+    operations: OperationsStub,
+    connect_client: Any,
+    registry_disk: Any,
+    recorded: list[Mapping[str, Any]],
+) -> Any:
     """A client of a control socket, whose process has the user ID 1000. The user's name is alice."""
     clock = SynchronousReactor()
     tree, cache = HostedTree.from_layout(Layout(tmp_path / "hosted")), Layout(tmp_path / "cache")
@@ -85,7 +98,7 @@ def client(tmp_path: Path, operations: OperationsStub, connect_client: Any, regi
         put_image(HostedTree.from_layout(cache), f"quay.io/{number}", BOTH, "v1")
     disk, records = registry_disk or LocalDisk(clock), Records(tmp_path / "records")
     space: Any = SpaceStub()
-    deleter = Deleter(clock, disk, tree, space, records)
+    deleter = Deleter(clock, disk, tree, space, records, AuditLog(recorded.append))
     running: Any = operations
     control = Control(
         clock,
@@ -141,6 +154,14 @@ def test_the_log_says_which_user_removed_an_image(client: Any) -> None:
     assert [line for line in lines if "removed" in line] == [
         "alice at the control socket removed one:v1 (hosted)",
         "alice at the control socket removed two (hosted)",
+    ]
+
+
+def test_removals_are_recorded(client: Any, recorded: list[Mapping[str, Any]]) -> None:
+    client.fetch("POST", "/v1/remove", body=json.dumps({"names": ["one:v1", "quay.io/1"]}).encode())
+    assert [(entry["user"], entry["from"], entry["action"], entry["target"]) for entry in recorded] == [
+        ("alice", "the control socket", "remove", "one:v1 (hosted)"),
+        ("alice", "the control socket", "remove", "quay.io/1 (cached)"),
     ]
 
 

@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from dockerproxy.admin.operations import OperationError, Operations
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+from tests.support.audit import make_audit_log
 
 ALICE = Principal("alice", CONTROL_SOCKET, None)
 
@@ -76,7 +77,8 @@ class Harness:
 
     def __init__(self) -> None:
         self.reactor, self.locks = ProcessReactor(), LocalKeyedLock()
-        self.operations = Operations(self.reactor, self.locks, lambda: 1234.5)
+        self.audit, self.recorded = make_audit_log()
+        self.operations = Operations(self.reactor, self.locks, self.audit, lambda: 1234.5)
         self.events: list[dict[str, Any]] = []
         self.hook: Deferred[None] | None = None
 
@@ -133,6 +135,20 @@ def test_the_log_names_the_user(harness: Harness) -> None:
     lines = [formatEvent(event) for event in logged]
     assert lines[0] == "alice at the control socket started import"
     assert lines[-1] == "import of alice at the control socket ended"
+
+
+def test_operations_are_recorded(harness: Harness) -> None:
+    harness.start(root="/registry", delete_untagged=True)
+    harness.process.send({"event": "result"})
+    harness.process.end()
+    harness.start("import", directory="/old")
+    harness.process.send({"event": "error", "code": "NOT_UNDERSTOOD", "message": "no"})
+    harness.process.end()
+    assert [(entry["user"], entry["action"], entry["target"], entry["result"]) for entry in harness.recorded] == [
+        ("alice", "gc", "/registry", "done"),
+        ("alice", "import", "/old", "failed: no"),
+    ]
+    assert harness.recorded[0]["detail"] == "delete_untagged"
 
 
 def test_lines_may_arrive_in_pieces(harness: Harness) -> None:

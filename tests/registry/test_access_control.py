@@ -19,6 +19,7 @@ from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.upstream import Namespace
+from tests.support.audit import make_audit_log
 
 REALM = "docker-registry.local"
 MANIFEST = "/v2/a/manifests/1"
@@ -70,7 +71,9 @@ def connect(connect_client: Any, backend: Any, clock: Clock) -> Any:
 
     def make(access_control: AccessControl, **options: Any) -> Any:
         return connect_client(
-            HostedRegistryApp(RegistryAPI(clock), backend, access_control).handle, clock=clock, **options
+            HostedRegistryApp(RegistryAPI(clock), backend, access_control, make_audit_log()[0]).handle,
+            clock=clock,
+            **options,
         )
 
     return make

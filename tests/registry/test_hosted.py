@@ -8,7 +8,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,6 +40,7 @@ from dockerproxy.store.scrub import Finding, scrub
 from dockerproxy.store.sweep import sweep
 from dockerproxy.store.uploads import UploadLimits
 from tests.registry.support.synchronous_reactor import SynchronousReactor
+from tests.support.audit import make_audit_log
 from tests.support.hosted import make_hosted_registry
 
 JSON = dict[str, Any]
@@ -55,6 +56,7 @@ class RegistryHarness:
     rules: HostedRules
     client: Any
     connect: Callable[[], Any]
+    recorded: list[Mapping[str, Any]]
 
     def request(self, method: str, target: str, body: bytes | None = None, **fields: str) -> Any:
         if self.client.transport.closed or self.client.transport.disconnecting:
@@ -122,13 +124,52 @@ def registry(tmp_path: Path, connect_client: Any) -> RegistryHarness:
     reactor = SynchronousReactor()
     store = HostedTree.from_layout(Layout(tmp_path))
     rules = HostedRules()
-    backend = make_hosted_registry(reactor, store, rules)
-    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), rules)
+    audit, recorded = make_audit_log()
+    backend = make_hosted_registry(reactor, store, rules, audit)
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), audit, rules)
 
     def connect() -> Any:
         return connect_client(app.handle, clock=reactor)
 
-    return RegistryHarness(store, rules, connect(), connect)
+    return RegistryHarness(store, rules, connect(), connect, recorded)
+
+
+# the audit log
+
+
+def test_writes_are_recorded(registry: RegistryHarness) -> None:
+    config = registry.push_blob(b"{}")
+    image = make_image(make_descriptor(config, b"{}"))
+    response = registry.request(
+        "PUT", f"/v2/{NAME}/manifests/v1", json.dumps(image).encode(), Content_Type=OCI_MANIFEST,
+        User_Agent="docker/27 \u00ff" + "x" * 9000,
+    )  # fmt: skip
+    assert response.status == 201
+    digest = response.headers["Docker-Content-Digest"]
+    registry.request("GET", f"/v2/{NAME}/manifests/v1")
+    registry.request("PUT", f"/v2/{NAME}/manifests/v1", b"no manifest", Content_Type=OCI_MANIFEST)
+    registry.request("DELETE", f"/v2/{NAME}/manifests/v1")
+    registry.request("DELETE", f"/v2/{NAME}/manifests/v1")
+    registry.request("DELETE", f"/v2/{NAME}/manifests/{digest}")
+    registry.request("DELETE", f"/v2/{NAME}/blobs/{config}")
+    entries = [(entry["action"], entry["target"], entry["result"].partition(":")[0]) for entry in registry.recorded]
+    assert entries == [
+        ("push", f"{NAME}:v1", "done"),
+        ("push", f"{NAME}:v1", "failed"),
+        ("delete", f"{NAME}:v1", "done"),
+        ("delete", f"{NAME}:v1", "failed"),
+        ("delete", f"{NAME}@{digest}", "done"),
+        ("delete", f"{NAME}@{config}", "done"),
+    ]
+    first = registry.recorded[0]
+    assert (first["from"], first["detail"], len(first["user_agent"])) == ("10.1.2.3", digest, 256)
+
+
+def test_what_a_rule_refuses_anybody_is_not_recorded(registry: RegistryHarness) -> None:
+    """Anybody could displace the other entries."""
+    registry.rules.read_only = True
+    assert registry.request("DELETE", f"/v2/{NAME}/manifests/v1").status == 405
+    assert registry.recorded == []
 
 
 # uploads
@@ -1041,7 +1082,7 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
     backend = make_hosted_registry(reactor, store)
-    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll())
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), make_audit_log()[0])
     reopened = RegistryHarness(
         store,
         HostedRules(),

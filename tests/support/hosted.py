@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.store.disk_access import DiskAccess, LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
+from tests.support.audit import make_audit_log
 from tests.support.parsers import make_parser
 
 
@@ -18,5 +20,8 @@ def make_hosted_store(reactor: Any, tree: HostedTree, disk: DiskAccess | None = 
     return LocalHostedStore.from_tree(reactor, disk or LocalDisk(reactor), tree, parser, b"secret", time.time)
 
 
-def make_hosted_registry(reactor: Any, tree: HostedTree, rules: HostedRules | None = None) -> HostedRegistry:
-    return HostedRegistry(make_hosted_store(reactor, tree), make_parser(reactor), rules or HostedRules())
+def make_hosted_registry(
+    reactor: Any, tree: HostedTree, rules: HostedRules | None = None, audit: AuditLog | None = None
+) -> HostedRegistry:
+    store, parser = make_hosted_store(reactor, tree), make_parser(reactor)
+    return HostedRegistry(store, parser, audit or make_audit_log()[0], rules or HostedRules())
