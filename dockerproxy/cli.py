@@ -14,11 +14,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from dockerproxy import __version__
 from dockerproxy.control_client import FAILED, INTERRUPTED, NOT_OURS, CommandError, ControlClient
 from dockerproxy.durations import parse_duration
-from dockerproxy.terminal import Terminal, print_line
+from dockerproxy.terminal import Terminal, print_line, printable
+
+_MAX_NAME = 1000  # characters of a name with a host, a tag and a digest
 
 Command = Callable[[ControlClient, argparse.Namespace, Terminal], int]
 """The body of a command: it returns the exit status, or raises `CommandError`."""
@@ -75,13 +78,20 @@ def _print_error(error: CommandError, as_json: bool) -> None:
         print_line(f"Did you mean {' or '.join(error.suggestions)}? Nothing was changed.", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows arguments and does not obey them: one may come from a list that a stranger wrote."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _build_parser() -> argparse.ArgumentParser:
     common_options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common_options.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     common_options.add_argument(
         "--socket", metavar="PATH", help="the control socket of the daemon, if it is not the default one"
     )
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         "dockerproxy", description="List, remove and verify images in docker-registry-proxy.", parents=[common_options],
         epilog=(__doc__ or "").partition("\n\n")[2],
     )  # fmt: skip
@@ -99,12 +109,23 @@ def _build_parser() -> argparse.ArgumentParser:
         group.add_argument("--cached", dest="where", action="store_const", const="cached", help="cached images only")
 
     ls = add_command("ls", "images:list_", "list repositories, or the tags and manifests of one")
-    ls.add_argument("name", nargs="?", metavar="NAME", help="REPO, or HOST/REPO for a cached repository")
+    ls.add_argument(
+        "name", nargs="?", metavar="NAME", type=_name,
+        help="REPO, or HOST/REPO for a cached repository; a pattern such as 'ghcr.io/*' lists repositories",
+    )  # fmt: skip
     add_store_options(ls)
+    ls.add_argument("--sort", choices=("name", "size", "used", "pulls"), help="largest, latest or most pulled first")
+    ls.add_argument("--reverse", action="store_true", help="reverse the order")
+    ls.add_argument("--limit", type=_positive, metavar="N", help="show the first N only")
+    ls.add_argument("--platforms", action="store_true", help="show all platforms of each image")
+    ls.add_argument("--digests", action="store_true", help="show whole digests")
+    ls.add_argument("-q", "--quiet", action="store_true", help="print names only, for scripts")
     rm = add_command(
         "rm", "images:remove", "remove images, or all images of a repository; gc frees the space of hosted ones"
     )
-    rm.add_argument("names", nargs="+", metavar="NAME", help="REPO:TAG, REPO@DIGEST or REPO; HOST/REPO… if cached")
+    rm.add_argument(
+        "names", nargs="+", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO; HOST/REPO… if cached"
+    )
     rm.add_argument("--force", action="store_true", help="also remove what the index of a tag needs")
     add_store_options(rm)
     gc = add_command("gc", "maintenance:collect", "delete hosted blobs that no manifest needs")
@@ -134,11 +155,23 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _name(text: str) -> str:
+    if len(text) > _MAX_NAME:
+        raise argparse.ArgumentTypeError(f"it has {len(text)} characters, and no name has more than {_MAX_NAME}")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:18]) < 10**9):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 to 999999999")
+    return int(text)
+
+
 def _duration(text: str) -> float:
     try:
         return parse_duration(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 30m or 1h") from None
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a time such as 30m or 1h") from None
 
 
 if __name__ == "__main__":

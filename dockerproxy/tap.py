@@ -38,7 +38,7 @@ from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.metrics import RELOAD_SUCCESS, Metrics
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
-from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, registry_label
+from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.registry.audit import AuditLog
@@ -341,8 +341,7 @@ def build_control_socket(
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
-    hub_names = {str(alias): str(DOCKER_HUB) for alias in DOCKER_HUB_ALIASES}
-    resolver = ImageResolver(stores, frozenset(settings.registry_hostname), hub_names)
+    resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     control = Control(
         reactor,
         resolver,

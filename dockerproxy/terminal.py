@@ -57,11 +57,27 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print `header` and `rows` in aligned columns."""
+    """Print `header` and `rows` in aligned columns, on a terminal as wide as that is."""
+    if sys.stdout.isatty():
+        _print_rich_table(header, rows)
+        return
     lines = [tuple(map(printable, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for row in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_rich_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))  # a `Text` is no markup
+    Console(highlight=False).print(table)
 
 
 def format_count(number: int, noun: str) -> str:

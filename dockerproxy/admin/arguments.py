@@ -55,7 +55,7 @@ FLAG = Argument(lambda value: isinstance(value, bool), "true or false")
 SECONDS = Argument(_is_number, f"a number of seconds from 0 to {_MAX_SECONDS:.0f}")
 PATH = Argument(lambda value: _is_text(value) and value.startswith("/"), "an absolute path")
 NAMES = Argument(_is_name_list, f"a list of 1 to {_MAX_NAMES} names")
-NAME = Argument(_is_text, "a name")
+NAME = Argument(_is_text, f"a name of 1 to {_MAX_TEXT} characters")
 
 
 def one_of(*choices: str) -> Argument:

@@ -1,7 +1,7 @@
 """The HTTP API on a Unix socket that the `dockerproxy` command uses.
 
     GET  /v1/status
-    GET  /v1/repositories                       ls                        lines
+    GET  /v1/repositories[?match=GLOB][&where=W]  ls                      lines
     GET  /v1/repositories?name=NAME[&where=W]   ls REPO                   lines
     POST /v1/remove   {"names", "where"?, "force"?}  rm
     POST /v1/collect  {"delete_untagged"?, "dry_run"?, "grace"?, "list"?}  gc  lines
@@ -62,7 +62,7 @@ from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.records import Records
 
 _STORE = one_of(HOSTED, CACHED)
-LIST = {"name": NAME, "where": _STORE}
+LIST = {"name": NAME, "where": _STORE, "match": NAME}
 REMOVE = {"names": NAMES, "where": _STORE, "force": FLAG}
 COLLECT = {"delete_untagged": FLAG, "dry_run": FLAG, "grace": SECONDS, "list": FLAG}
 IMPORT = {"directory": PATH, "force": FLAG}
@@ -90,11 +90,21 @@ async def _ignore_event(event: Event) -> None:
     pass
 
 
+def _nothing(row: Event) -> Event:
+    return {}
+
+
 UserName = Callable[[int], Awaitable[str]]
 """Returns the name of the local user with an ID."""
 
 DebugReport = Callable[[], Awaitable[dict[str, Any]]]
 """Returns what all processes are doing, as a JSON value."""
+
+PullCounter = Callable[[], Mapping[str, int]]
+"""Returns the pulls of late by repository, as people write its name; that of a hosted one begins with ``hosted/``.
+
+It is empty if pulls are not counted. It blocks.
+"""
 
 ControlHandler = Callable[[Request, NDJSONResponse, Principal], Awaitable[None]]
 """Responds to a request of the local user `Principal`. It may raise the errors that `Control.handle` renders."""
@@ -119,6 +129,7 @@ class Control:
     _clock: Callable[[], float]
     _handlers: Mapping[tuple[str, str], ControlHandler] = field(factory=dict)
     """Those of other parts of the daemon, by method and path."""
+    _pulls: PullCounter = dict
     _start_time: float = field(init=False)
 
     @_start_time.default
@@ -206,24 +217,33 @@ class Control:
             return {**info, "error": error.message}
 
     async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
-        async def stream_rows(store: StoreView, event: str, rows: Iterator[inventory.Row]) -> None:
+        async def stream_rows(
+            store: StoreView, event: str, rows: Iterator[inventory.Row], more: Callable[[Event], Event] = _nothing
+        ) -> None:
             def read_some() -> list[inventory.Row]:
                 return list(islice(rows, _ROWS_AT_ONCE))
 
             while batch := await self._in_thread(store.kind, read_some):
                 for row in batch:
-                    response.send(event, **row)
+                    response.send(event, **row, **more(row))
                 await response.drain()
 
         kind = query.get("where")
         if "name" in query:
             ref = await self._in_thread(kind, self._resolver.resolve, query["name"], kind)
             await stream_rows(ref.store, "manifest", inventory.list_manifests(ref))
-            response.finish(where=ref.store.kind, name=ref.repository)
+            response.finish(where=ref.store.kind, name=ref.name)
         else:
+            pulls = await in_thread(self._reactor, self._pulls)
+
+            def count_pulls(row: Event) -> Event:
+                name = row["name"] if row["where"] == CACHED else f"hosted/{row['name']}"
+                return {"pulls": pulls.get(name, 0) if pulls else None}
+
             for store in self._resolver.stores:
                 if kind in (None, store.kind):
-                    await stream_rows(store, "repository", inventory.list_repositories(store))
+                    rows = inventory.list_repositories(store, query.get("match"))
+                    await stream_rows(store, "repository", rows, count_pulls)
             response.finish()
 
     async def _in_thread(self, kind: str | None, function: Callable[..., T], *args: object) -> T:

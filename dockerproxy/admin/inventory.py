@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageRef, StoreView
 from dockerproxy.errors import ManifestInvalid
+from dockerproxy.oci.docker_hub import short_name
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.needs import find_needs, read_references
+from dockerproxy.store.platforms import manifest_platforms
 from dockerproxy.store.references import References
 from dockerproxy.store.tree_reader import read_small
 
 Row = dict[str, Any]
 
 
-def list_repositories(store: StoreView) -> Iterator[Row]:
-    """Yield a row for each repository. Blocks."""
-    for repository in sorted(store.links.repositories()):
+def list_repositories(store: StoreView, pattern: str | None = None) -> Iterator[Row]:
+    """Yield a row for each repository whose name matches `pattern`, as in a shell. Blocks.
+
+    ``nginx*`` matches the names that docker shows, without the host of Docker Hub, and ``*/nginx*`` all full names.
+    """
+    for name, repository in sorted((store.shown(repository), repository) for repository in store.links.repositories()):
+        if pattern is not None and not _matches(name, pattern):
+            continue
         manifests = list(store.links.manifests(repository))
         tags = len(store.links.tags(repository))
         usage = _DiskUsage(store)
@@ -30,12 +38,27 @@ def list_repositories(store: StoreView) -> Iterator[Row]:
         if usage.sizes or (store.kind == HOSTED and (tags or manifests)):
             yield {
                 "where": store.kind,
-                "name": repository,
+                "name": name,
                 "tags": tags,
                 "manifests": sum(digest in usage.sizes for digest in manifests),
+                "platforms": _platforms(store, repository, filter(usage.sizes.__contains__, manifests)),
                 "size": sum(usage.sizes.values()),
                 "last_used": last_used or usage.last_used,
             }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(short_name(name), pattern)
+
+
+def _platforms(store: StoreView, repository: str, manifests: Iterable[Digest]) -> list[str]:
+    """Return the platforms of `manifests`, each once, in order."""
+    platforms = {
+        platform
+        for digest in manifests
+        for platform in manifest_platforms(store.layout, digest, store.links.manifest_media_type(repository, digest))
+    }
+    return sorted(platforms)
 
 
 def list_manifests(ref: ImageRef) -> Iterator[Row]:
@@ -84,6 +107,7 @@ def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str
         "needed_by": needed_by,
         "digest": str(digest),
         "media_type": media_type or _media_type_in_content(store, digest),
+        "platforms": list(manifest_platforms(store.layout, digest, media_type)),
         "size": sum(usage.sizes.values()),
         "last_used": last_used,
     }

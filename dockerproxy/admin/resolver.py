@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from attrs import field, frozen
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
+from dockerproxy.oci.docker_hub import names_host, shown_name, stored_name
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
@@ -16,6 +17,7 @@ from dockerproxy.store.links import Links
 HOSTED, CACHED = "hosted", "cached"
 
 _MAX_SUGGESTIONS = 3
+_SHOWN = 200  # characters of an unknown name in an error
 
 
 class InvalidArgument(Exception):
@@ -47,15 +49,21 @@ class StoreView:
     def _links(self) -> Links:
         return Links(self.layout, durable=False)
 
+    def shown(self, repository: str) -> str:
+        """Return the name of `repository` as people write it."""
+        return repository if self.kind == HOSTED else shown_name(repository)
+
     def has_repository(self, repository: str) -> bool:
         """Return whether the repository has a tag, even a torn one, a manifest or a layer. Blocks."""
         try:
             self.layout.repository(repository)
         except NameInvalid:
             return False
-        listings: tuple[Iterator[object], ...] = (
-            self.links.iter_tags(repository), self.links.manifests(repository), self.links.layers(repository)
-        )  # fmt: skip
+        return self.has_images(repository) or next(self.links.layers(repository), None) is not None
+
+    def has_images(self, repository: str) -> bool:
+        """Return whether the repository has a tag, even a torn one, or a manifest. Blocks."""
+        listings: tuple[Iterator[object], ...] = (self.links.iter_tags(repository), self.links.manifests(repository))
         return any(next(entries, None) is not None for entries in listings)
 
 
@@ -68,23 +76,27 @@ class ImageRef:
     tag: str | None = None
     digest: Digest | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of the repository as people write it."""
+        return self.store.shown(self.repository)
+
     def __str__(self) -> str:
         if self.digest is not None:
-            return f"{self.repository}@{self.digest}"
-        return self.repository if self.tag is None else f"{self.repository}:{self.tag}"
+            return f"{self.name}@{self.digest}"
+        return self.name if self.tag is None else f"{self.name}:{self.tag}"
 
 
 @frozen
 class ImageResolver:
     """Resolves ``REPO``, ``REPO:TAG`` and ``REPO@DIGEST`` in the hosted store, and ``HOST/REPO…`` in the cache.
 
-    `registry_hostnames` are the host names that may precede a hosted repository. `host_aliases` maps other names of
-    upstream registries, such as docker.io, to their hosts in the cache.
+    `registry_hostnames` are the host names that may precede a hosted repository. A name without a host is the hosted
+    repository, if there is one, and otherwise that of Docker Hub: ``nginx`` is ``docker.io/library/nginx``.
     """
 
     stores: Sequence[StoreView]
     registry_hostnames: frozenset[str]
-    host_aliases: Mapping[str, str]
 
     def resolve(self, text: str, kind: str | None = None) -> ImageRef:
         """Return the image or repository that `text` names, in the store `kind` if given. Blocks.
@@ -100,16 +112,18 @@ class ImageResolver:
             if store.has_repository(repository)
         ]
         if not matches:
-            raise NotFound(f"no such repository: {path}", self._suggestions(path, tag, kind))
+            raise NotFound(f"no such repository: {_shortened(path)}", self._suggestions(path, tag, kind))
+        # Until gc, a repository without images has links to layers; it hides none of Docker Hub.
+        matches.sort(key=lambda match: not match[0].has_images(match[1]))
         store, repository = matches[0]
-        if any(other is not store for other, _ in matches):
+        if any(other is not store for other, _ in matches) and names_host(path):
             raise InvalidArgument(f"{path} is both hosted and cached; choose one with --hosted or --cached")
         if tag is not None:
             _check_tag(store, repository, tag)
         if digest is not None:
             linked = store.links.has_manifest(repository, digest)
             if not linked and not (store.kind == CACHED and store.links.has_layer(repository, digest)):
-                raise NotFound(f"{repository} has no manifest {digest}")
+                raise NotFound(f"{store.shown(repository)} has no manifest {digest}")
         return ImageRef(store, repository, tag, digest)
 
     def _candidates(self, store: StoreView, path: str) -> Iterator[str]:
@@ -118,13 +132,12 @@ class ImageResolver:
         if store.kind == HOSTED:
             if slash and first.partition(":")[0].lower() in self.registry_hostnames:
                 yield rest
-        elif first in self.host_aliases:
-            # Docker's rule: ubuntu means library/ubuntu.
-            yield f"{self.host_aliases[first]}/{rest if '/' in rest else f'library/{rest}'}"
+        elif (stored := stored_name(path)) is not None and stored != path:
+            yield stored
 
     def _suggestions(self, path: str, tag: str | None, kind: str | None) -> list[str]:
         names = [
-            repository
+            store.shown(repository)
             for store in self.stores
             if kind in (None, store.kind)
             for repository in store.links.repositories()
@@ -146,6 +159,10 @@ def _close_matches(text: str, names: Sequence[str]) -> list[str]:
     return [by_lowercase[name] for name in matches][:_MAX_SUGGESTIONS]
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
 def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
     name, at, encoded = text.partition("@")
     digest = None
@@ -159,7 +176,7 @@ def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
     if not colon or "/" in tag:
         repository, tag = name, ""
     if not repository or (colon and not tag and name.endswith(":")):
-        raise InvalidArgument(f"{text!r} is not of the form REPO, REPO:TAG or REPO@DIGEST")
+        raise InvalidArgument(f"{_shortened(text)!r} is not of the form REPO, REPO:TAG or REPO@DIGEST")
     # Docker's rule: a tag beside a digest is ignored.
     return repository, tag if tag and digest is None else None, digest
 
@@ -167,4 +184,6 @@ def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
 def _check_tag(store: StoreView, repository: str, tag: str) -> None:
     if not store.links.has_tag(repository, tag):
         tags = store.links.tags(repository)
-        raise NotFound(f"{repository} has no tag {tag}", [f"{repository}:{name}" for name in _close_matches(tag, tags)])
+        name = store.shown(repository)
+        similar = [f"{name}:{other}" for other in _close_matches(tag, tags)]
+        raise NotFound(f"{name} has no tag {_shortened(tag)}", similar)

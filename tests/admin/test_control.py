@@ -93,7 +93,7 @@ def client(
     async def user_name(uid: int) -> str:
         return {1000: "alice"}[uid]
 
-    resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset(), {})
+    resolver = ImageResolver([StoreView(HOSTED, tree.layout), StoreView(CACHED, cache)], frozenset())
     for number in ("1", "2"):
         put_image(HostedTree.from_layout(cache), f"quay.io/{number}", BOTH, "v1")
     disk, records = registry_disk or LocalDisk(clock), Records(tmp_path / "records")
