@@ -84,4 +84,4 @@ def test_an_audit_log_that_cannot_be_written_fails_no_request(daemon: MultiProce
             for number in range(3):
                 push(connection, f"audit/unwritable-{number}", "v1")
     complaint = "audit.jsonl cannot be written, its entries are lost: Is a directory"
-    wait_until(lambda: daemon.output_text.count(complaint) == len(daemon.serving_pids), "each process has logged it once")
+    wait_until(lambda: daemon.output_text.count(complaint) == len(daemon.serving_pids), "each process logs it once")
