@@ -20,7 +20,7 @@ from dockerproxy.config_files import read_config_file
 from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES
 from dockerproxy.oci.host_table import RegistryMap, Wildcard
-from dockerproxy.oci.names import Host
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
@@ -163,6 +163,10 @@ class RegistryTable:
         mirrored = [(registry.host, registry) for registry in settings.registries]
         mirrored += [(alias.host, DOCKER_HUB) for alias in DOCKER_HUB_ALIASES]
         self.mirrored.replace(mirrored, self._wildcards, own_names)
+
+    def is_listed(self, server: Registry) -> bool:
+        """Return whether the settings name `server` itself, or it is Docker Hub's."""
+        return self.intercepted.get(server.host) == server and self.intercepted.covering(server.host) is None
 
     @property
     def status(self) -> str:

@@ -55,6 +55,7 @@ from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.terminal import format_size
 from dockerproxy.upstream.credential_helper import CredentialHelpers
 from dockerproxy.upstream.login_provider import LocalLoginProvider
+from dockerproxy.upstream.registry_states import RegistryStates
 from dockerproxy.workers.connection_table import ConnectionTable
 from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
@@ -119,6 +120,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
+    registry_states = RegistryStates(
+        reactor, time.time, server.registries.is_listed, partial(metrics.count_of, cache_status="STALE")
+    )
+    silent_servers.set_on_state_changed(registry_states.report)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state)
@@ -208,6 +213,7 @@ def build_workers(
         {TOKEN_BOUND: shared.bindings.add, SERVER_SILENT: shared.silent_servers.add},
         SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
         relay_logs=not keep_log_observers,
+        initial_news=lambda: ((SERVER_SILENT, news) for news in shared.silent_servers.news()),
     )
     opener = EndpointOpener(reactor, lambda listener: ConnectionDispatcher(listener, table, supervisor.dispatch))
     if settings.workers == 1:

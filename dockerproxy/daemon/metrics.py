@@ -307,6 +307,15 @@ class Metrics:
         """Set a gauge of this process. Its value is the sum over all processes."""
         self._counters[self._first_word + _GLOBAL_START[gauge]] = value
 
+    def count_of(self, registry: str, cache_status: str) -> int:
+        """Return how many requests for a registry had a cache status, over all processes; 0 if it is unknown."""
+        index = self._registries.get(registry)
+        if index is None:
+            return 0
+        base = _GLOBAL_WORDS + index * _WORDS_PER_REGISTRY
+        cells = [base + _REQUESTS[kind, cache_status] for kind in KINDS]
+        return sum(sum(self._counters[cell :: self._words_per_process]) for cell in cells)
+
     def samples(self, family: Family) -> Iterator[Sample]:
         """Yield the sum over all processes of every cell of `family`, and of every registry that it has."""
         if family in _GLOBAL_START:

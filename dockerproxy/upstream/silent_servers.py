@@ -7,6 +7,9 @@ again in the background, with a request of its own. All processes fail other req
 Clients cannot make a server look silent to others, because their requests do not count. An attempt to connect counts,
 and `GET /v2/` without anybody's credential, which we send if a request is not answered soon. So a path that hangs says
 nothing about its server.
+
+A server that refuses connections at once makes nobody wait, so each request tries it again. All processes know of it
+all the same, so that the first one in which it answers can say so (`RegistryStates`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,13 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.errors import DestinationForbidden, RegistryError, UpstreamError, UpstreamTimeout
+from dockerproxy.errors import (
+    DestinationForbidden,
+    RegistryError,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from dockerproxy.oci.names import Registry
 
 SILENCE_TTL = 30.0
@@ -47,6 +56,9 @@ Probe = Callable[[], Awaitable[object]]
 OnChanged = Callable[[str, str, float], object]
 """Gets the arguments of `SilentServers.add`."""
 
+OnStateChanged = Callable[[str, str], object]
+"""Gets the origin of a server, and why it cannot be reached, as a sentence; `""` if it answers again."""
+
 
 @define(eq=False)
 class _Server:
@@ -58,15 +70,12 @@ class _Server:
     asked_at: float = -inf
     failed_at: float = -inf
     silent_until: float = -inf
-    error: UpstreamError | None = None  # None if it answers
+    error: UpstreamError | None = None  # None unless it is silent
+    failure: str = ""  # why it cannot be reached, silent or not; "" if it answers
     probe: Deferred[None] | None = None
     next_probe: Any = None  # the delayed call of the next one
     waiting: set[Deferred[Any]] = field(factory=set)  # requests that end if another one has found out the silence
     ended: set[Deferred[Any]] = field(factory=set)  # those of them that were ended so
-
-    @property
-    def name(self) -> str:
-        return self.origin.partition("://")[2]
 
 
 class SilentServers:
@@ -83,6 +92,7 @@ class SilentServers:
         self._closed = False
         self._subscribers: list[OnChanged] = []
         self._on_silent: Callable[[str], object] = lambda origin: None
+        self._on_state_changed: OnStateChanged = lambda origin, failure: None
 
     def subscribe(self, on_changed: OnChanged) -> None:
         """Call `on_changed` with what this process finds out from now on."""
@@ -92,13 +102,30 @@ class SilentServers:
         """Call `on_silent` with the origin of each server that becomes silent, because its connections are dead."""
         self._on_silent = on_silent
 
+    def set_on_state_changed(self, on_state_changed: OnStateChanged) -> None:
+        """Call `on_state_changed` for each server that cannot be reached any more, or can again, in any process."""
+        self._on_state_changed = on_state_changed
+
     def add(self, origin: str, message: str, seconds: float) -> None:
-        """Note that another process has found a server silent, which counts for some seconds; 0 if it answers again."""
+        """Note that another process could not reach a server, because of `message`, which is empty if it answers again.
+
+        A silence counts for some seconds; 0 if the server is not silent.
+        """
         server = self._server(origin)
         if seconds <= 0:
             self._end_silence(server)
+            self._set_failure(server, message)
         elif server not in self._active:
             self._begin_silence(server, UpstreamTimeout(message), seconds)
+
+    def news(self) -> list[tuple[str, str, float]]:
+        """Return the arguments of `add` from which a new process knows what this one does."""
+        now, servers = self._clock.seconds(), [self._servers.get(origin) for origin in list(self._servers)]
+        return [
+            (server.origin, server.failure, 0.0 if server.error is None else max(0.0, server.silent_until - now))
+            for server in servers
+            if server is not None and server.failure
+        ]
 
     async def connect(self, origin: Registry, attempt: Callable[[], Awaitable[T]], probe: Probe) -> T:
         """Return the connection that `attempt` makes. Raise its error, or at once the error of a silent server."""
@@ -112,10 +139,16 @@ class SilentServers:
         except UpstreamError as error:
             is_slow = isinstance(error, UpstreamTimeout) or self._clock.seconds() - started >= _SLOW
             # Otherwise another attempt has succeeded since: this one has lost a packet.
-            if is_slow and max(server.connected_at, server.answered_at) <= started and server.error is None:
-                self._find_silent(server, error, probe)
+            if max(server.connected_at, server.answered_at) <= started and server.error is None:
+                if is_slow:
+                    self._find_silent(server, error, probe)
+                else:
+                    self._find_unreachable(server, error)
             raise
         server.connected_at = self._clock.seconds()
+        if server.failure and server.error is None:
+            self._set_failure(server, "")
+            self._publish(server, "", 0.0)
         return connection
 
     async def exchange(self, origin: Registry, send: Callable[[], Awaitable[T]], probe: Probe) -> T:
@@ -181,9 +214,24 @@ class SilentServers:
     def _answer(self, server: _Server) -> None:
         """Note that a server has answered."""
         server.answered_at = self._clock.seconds()
-        if server.error is not None:
+        if server.failure:
             self._end_silence(server)
+            self._set_failure(server, "")
             self._publish(server, "", 0.0)
+
+    def _find_unreachable(self, server: _Server, error: UpstreamError) -> None:
+        """Note that a server refuses connections, if it is silent no more, because it does so at once."""
+        if self._closed:
+            return  # it is our own end
+        self._end_silence(server)
+        if server.failure != error.message:
+            self._set_failure(server, error.message)
+            self._publish(server, error.message, 0.0)
+
+    def _set_failure(self, server: _Server, message: str) -> None:
+        changed, server.failure = server.failure != message, message
+        if changed:
+            self._on_state_changed(server.origin, message)
 
     def _find_silent(self, server: _Server, error: UpstreamError, probe: Probe) -> None:
         if self._closed:
@@ -194,11 +242,7 @@ class SilentServers:
             self._schedule_probe(server, probe)
 
     def _begin_silence(self, server: _Server, error: UpstreamError, seconds: float) -> None:
-        if server.error is None:
-            log.warn(
-                "{server} does not answer ({reason}); requests get what is cached, at once, until it does",
-                server=server.name, reason=error.message,
-            )  # fmt: skip
+        self._set_failure(server, error.message)
         server.error, server.failed_at = error, self._clock.seconds()
         server.silent_until = server.failed_at + seconds
         self._on_silent(server.origin)
@@ -207,8 +251,6 @@ class SilentServers:
             work.cancel()
 
     def _end_silence(self, server: _Server) -> None:
-        if server.error is not None:
-            log.info("{server} answers again", server=server.name)
         server.error = None
         if server.next_probe is not None:
             self._stop_probing(server)
@@ -247,7 +289,7 @@ class SilentServers:
         work = Deferred.fromCoroutine(self._probe(server, probe))
         if not work.called:
             server.probe = work
-        work.addErrback(lambda failure: log.failure("asking {server} failed", failure, server=server.name))
+        work.addErrback(lambda failure: log.failure("asking {server} failed", failure, server=server.origin))
 
     async def _probe(self, server: _Server, probe: Probe) -> None:
         started = self._clock.seconds()
@@ -258,8 +300,10 @@ class SilentServers:
         except RegistryError as error:
             server.probe = None
             is_slow = isinstance(error, UpstreamTimeout) or self._clock.seconds() - started >= _SLOW
-            if server.answered_at > started or not is_slow:
-                self._answer(server)  # it is there, if only to refuse connections
+            if server.answered_at <= started and not is_slow and isinstance(error, UpstreamUnreachable):
+                self._find_unreachable(server, error)  # it is there, if only to refuse connections
+            elif server.answered_at > started or not is_slow:
+                self._answer(server)
             elif isinstance(error, UpstreamError):
                 self._find_silent(server, error, probe)
             else:

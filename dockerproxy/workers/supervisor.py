@@ -80,7 +80,7 @@ class WorkerSupervisor(Service):
     `new_coordinator` returns a `LocalCoordinator` for a new worker. `grace` is the time in seconds that workers have to
     stop. If `relay_logs` is true, workers send their log to this process through a pipe.
     `news` has a function for each kind of news that a worker reports, which gets its values; the other workers get them
-    too (`Bindings.add`, `SilentServers.add`).
+    too (`Bindings.add`, `SilentServers.add`). A new worker gets `initial_news`, kinds and values.
 
     The supervisor is a `SpawnObserver`; the composition root subscribes it to the spawner.
     """
@@ -97,6 +97,7 @@ class WorkerSupervisor(Service):
         grace: float,
         *,
         relay_logs: bool,
+        initial_news: Callable[[], Iterable[tuple[str, Iterable[Any]]]] = tuple,
     ) -> None:
         self._reactor = reactor
         self._spawner = spawner
@@ -106,6 +107,7 @@ class WorkerSupervisor(Service):
         self._news = news
         self._grace = grace
         self._relay_logs = relay_logs
+        self._initial_news = initial_news
         self._changed_settings: dict[str, str] = {}
         self._workers = [WorkerHandle(number) for number in range(1, count + 1)]
         self._watchdog = LoopingCall(self._check_heartbeats)
@@ -230,6 +232,8 @@ class WorkerSupervisor(Service):
                 stack.callback(os.close, log_fd)
                 LogRelay(self._reactor, read_fd)
             self._spawner.start(SpawnRequest(worker.number, self._changed_settings, child_socket.fileno(), log_fd))
+        for kind, values in self._initial_news():
+            worker.hint(kind, *values)
 
     def _on_worker_disconnected(self, worker: WorkerHandle) -> None:
         if not self._spawner.alive:
@@ -316,8 +320,8 @@ class WorkerSupervisor(Service):
 
     def _send_news(self, source: WorkerHandle | None, kind: str, values: Iterable[Any]) -> None:
         for worker in self._workers:
-            if worker is not source and worker.rpc is not None:
-                worker.rpc.hint(kind, *values)
+            if worker is not source:
+                worker.hint(kind, *values)
 
 
 @define(eq=False)
@@ -408,6 +412,10 @@ class WorkerHandle:
     def notify(self, name: str, *arguments: Any) -> None:
         if self.rpc is not None and self.running:
             self.rpc.notify(name, *arguments)
+
+    def hint(self, name: str, *arguments: Any) -> None:
+        if self.rpc is not None:
+            self.rpc.hint(name, *arguments)
 
     def stop(self) -> None:
         """Make the process finish its requests and exit."""

@@ -160,6 +160,7 @@ class SupervisorHarness:
         self.coordinators = FakeCoordinators()
         self.bindings = Bindings()
         self.silences: list[tuple[object, ...]] = []
+        self.initial_news: list[tuple[str, tuple[object, ...]]] = []
         scoreboard = Scoreboard.create(count + 1, 100)
         self.table = ConnectionTable(self.reactor, scoreboard, lambda client: None)
         self.closed_here: Callable[[], None] = lambda: None
@@ -174,6 +175,7 @@ class SupervisorHarness:
             {"token_bound": self.bindings.add, "server_silent": lambda *values: self.silences.append(values)},
             GRACE,
             relay_logs=relay_logs,
+            initial_news=lambda: self.initial_news,
         )
         self.spawner.observer = self.supervisor
         self.bindings.subscribe(partial(self.supervisor.broadcast, "token_bound"))
@@ -568,6 +570,12 @@ def test_silent_servers_are_broadcast(harness: SupervisorHarness) -> None:
     assert harness.silences == [("https://quay.io", "quay.io:443: timed out", 30.0)]
     assert ("server_silent", "https://quay.io", "quay.io:443: timed out", 30.0) in other.messages
     assert one.messages == [("server_silent", "https://ghcr.io", "", 0.0)]
+
+
+def test_a_new_worker_gets_the_news(harness: SupervisorHarness) -> None:
+    harness.initial_news = [("server_silent", ("https://quay.io", "refused", 0.0))]
+    for worker in harness.start_ready():
+        assert worker.messages == [("server_silent", "https://quay.io", "refused", 0.0)]
 
 
 def test_bindings_never_end_a_worker(harness: SupervisorHarness) -> None:
