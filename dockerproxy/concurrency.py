@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from attrs import define, field
-from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.defer import Deferred, DeferredList, DeferredLock, FirstError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -30,6 +30,29 @@ def spawn(coroutine: Coroutine[Any, Any, object], description: str) -> Deferred[
 
     deferred: Deferred[Any] = Deferred.fromCoroutine(coroutine)
     return deferred.addErrback(report)
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
+    """Return the results of `coroutines` in their order. At most `at_once` of them run at a time.
+
+    If one fails, its exception is raised at once, and the others are cancelled. Those that have not started are not
+    taken from the iterable.
+    """
+    results: dict[int, T] = {}
+    remaining = enumerate(coroutines)
+
+    async def run() -> None:
+        for position, coroutine in remaining:
+            results[position] = await coroutine
+
+    runners = [Deferred.fromCoroutine(run()) for _ in range(at_once)]
+    try:
+        await DeferredList(runners, fireOnOneErrback=True, consumeErrors=True)
+    except FirstError as error:
+        for runner in runners:
+            runner.cancel()
+        error.subFailure.raiseException()
+    return [results[position] for position in range(len(results))]
 
 
 current_client: ContextVar[str] = ContextVar("current_client", default="")

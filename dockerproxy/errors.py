@@ -175,6 +175,14 @@ class StorageFailed(RegistryError):
     """The disk of the proxy failed. The log has the details."""
 
 
+class StoreUnavailable(ServiceOverloaded):
+    """The object store of the hosted registry is down, throttles us, or fails. `headers` has Retry-After."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The object store refuses every request: because of the bucket, the key, the region or the clock."""
+
+
 class UpstreamError(RegistryError):
     """Another server failed. Base class of upstream errors. `reason` is the kind of the failure, one of a few words."""
 

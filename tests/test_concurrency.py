@@ -9,7 +9,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from dockerproxy.concurrency import LocalKeyedLock, SingleFlight, in_thread, shield, spawn
+from dockerproxy.concurrency import LocalKeyedLock, SingleFlight, gather, in_thread, shield, spawn
 
 
 class SpawnTests(SynchronousTestCase):
@@ -200,6 +200,46 @@ class SingleFlightTests(SynchronousTestCase):
         calls = [self.start() for _ in range(5000)]
         self.gates[0].callback(1)
         self.assertEqual({self.successResultOf(each) for each in calls}, {1})
+
+
+class GatherTests(SynchronousTestCase):
+    """Three coroutines that wait, and two runners."""
+
+    def setUp(self) -> None:
+        self.waiting: dict[int, Deferred[str]] = {}
+        self.cancelled: list[int] = []
+
+    async def work(self, number: int) -> str:
+        self.waiting[number] = Deferred(lambda _: self.cancelled.append(number))
+        return await self.waiting[number]
+
+    def start(self) -> Deferred[list[str]]:
+        return Deferred.fromCoroutine(gather((self.work(number) for number in range(3)), 2))
+
+    def test_results_are_in_the_order_of_the_coroutines(self) -> None:
+        gathered = self.start()
+        self.assertEqual(list(self.waiting), [0, 1])
+        self.waiting[1].callback("b")
+        self.waiting[2].callback("c")
+        self.assertNoResult(gathered)
+        self.waiting[0].callback("a")
+        self.assertEqual(self.successResultOf(gathered), ["a", "b", "c"])
+
+    def test_nothing(self) -> None:
+        self.assertEqual(self.successResultOf(Deferred.fromCoroutine(gather((), 2))), [])
+
+    def test_a_failure_cancels_the_others(self) -> None:
+        gathered = self.start()
+        self.waiting[1].errback(ValueError("b"))
+        self.failureResultOf(gathered, ValueError)
+        self.assertEqual(self.cancelled, [0])
+        self.assertNotIn(2, self.waiting)
+
+    def test_a_cancelled_caller_cancels_all(self) -> None:
+        gathered = self.start()
+        gathered.cancel()
+        self.failureResultOf(gathered, CancelledError)
+        self.assertEqual(self.cancelled, [0, 1])
 
 
 class ShieldTests(SynchronousTestCase):

@@ -32,6 +32,7 @@ ALLOWED = {
     "store": {"oci", "errors"},
     "upstream": {"net", "http", "oci", "errors"},
     "cache": {"store", "upstream", "net", "http", "oci", "errors"},
+    "bucket": {"cache", "store", "upstream", "net", "http", "oci", "errors"},
     "registry": {"store", "oci", "http", "errors"},
     "proxy": {"net", "http", "oci", "errors"},
     "daemon": {"http"},
@@ -58,6 +59,8 @@ ALLOWED_EVERYWHERE = {
 
 # No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {
+    "botocore",
+    "dockerproxy.bucket",
     "importlib.resources",
     "multiprocessing",
     "sqlite3",
@@ -76,6 +79,7 @@ PURE_MODULES = {
     "http.connection_state", "http.headers", "http.message", "http.security_fields",
     "http.cross_origin", "upstream.http1",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
+    "net.store_location", "bucket.s3_xml", "bucket.store_errors",
 }  # fmt: skip
 IO_MODULES = {
     "twisted.internet",

@@ -55,9 +55,9 @@ from dockerproxy.oci.names import Digest, Reference, Registry, Repository
 from dockerproxy.oci.referrers import ReferrersIndex, ReferrersQuery
 from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_pull_query
 from dockerproxy.thread_pool import ContentParser
+from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.content_coding import can_decode, content_codings
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
-from dockerproxy.upstream.form_body import FormBody
 from dockerproxy.upstream.shared_logins import SharedLogins
 
 T = TypeVar("T")
@@ -454,7 +454,7 @@ class CachedRegistry:
         """
         request = TokenRequest(path.partition("?")[2], self.authorization, form)
         realm = self.cache.realm_of_login(registry, request)
-        body = None if form is None else FormBody(form)
+        body = None if form is None else BytesBody(form)
         response = await self.forward_page(method, path, headers, body, client_connection=client_connection)
         if realm is None or response.status not in (200, 401, 403):
             return response

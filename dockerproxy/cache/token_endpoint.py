@@ -52,7 +52,7 @@ from dockerproxy.oci.names import Host, Registry, Repository
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse, readable_repositories
 from dockerproxy.store.records import Records
-from dockerproxy.upstream.form_body import FormBody
+from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.redirects import follow
 from dockerproxy.upstream.refusals import is_own_refusal
 from dockerproxy.upstream.urls import with_tls_at_usual_port
@@ -310,7 +310,7 @@ class TokenEndpoint:
         body = None
         if request.form is not None:
             fields.append(("content-type", "application/x-www-form-urlencoded"))
-            body = FormBody(request.form)
+            body = BytesBody(request.form)
         method, url = "GET" if body is None else "POST", realm.url(request.query)
         response, followed = await follow(self._agent, method, url, Headers(fields), body, self._address_check_for)
         if response.status != 200:

@@ -79,6 +79,7 @@ class Agent:
         address_check: AddressCheck | None = None,
         client: str = "",
         client_connection: Hashable = None,
+        reuse: bool = False,
     ) -> Response:
         """Send a request and return the response once its head is received. The caller reads or aborts its body.
 
@@ -86,8 +87,9 @@ class Agent:
         equal check share connections, so pass an equal object each time. `client_connection` identifies the client's
         connection that the request came on, if there is one: a connection that it logged in is used for it alone.
         `client` is the address of the client that chose the server, if a client did: such a server is no registry, and
-        not remembered if it is silent. Raise the dialer's errors, `UpstreamUnreachable` (TLS), `UpstreamTimeout`,
-        `UpstreamBroken` and the errors of `body`.
+        not remembered if it is silent. With `reuse`, a request with a body or an effect may go over an idle connection,
+        too, and the caller sends it again after `ConnectionDropped`. Raise the dialer's errors, `UpstreamUnreachable`
+        (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
         if address_check is None:
@@ -99,7 +101,7 @@ class Agent:
         # On a connection that its client logged in, it is sent all the same, because only that one will do.
         retryable = method in _RETRYABLE_METHODS and body is None
         idle = None if client_connection is None else self._pool.take(bound_key(key, client_connection))
-        if idle is None and retryable:
+        if idle is None and (retryable or reuse):
             idle = self._pool.take(key)
         probe = partial(self._probe, key, origin, address_check)
 

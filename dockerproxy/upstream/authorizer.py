@@ -35,8 +35,8 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.oci.tokens import MAX_TOKEN_RESPONSE, TokenResponse
 from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.upstream.agent import Agent, Response
+from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential, LoginTable
-from dockerproxy.upstream.form_body import FormBody
 from dockerproxy.upstream.redirects import follow
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
 from dockerproxy.upstream.urls import split_url, with_tls_at_usual_port
@@ -399,7 +399,7 @@ def _accepts_basic(challenges: Sequence[Challenge]) -> bool:
     return any(challenge.scheme == "basic" for challenge in challenges)
 
 
-def _token_request(key: TokenKey) -> tuple[str, str, Headers, FormBody | None]:
+def _token_request(key: TokenKey) -> tuple[str, str, Headers, BytesBody | None]:
     """Return the method, URL, fields and body of the request for a token.
 
     It is a GET with Basic, or for an identity token the POST of distribution's "OAuth2 Token Authentication"
@@ -412,7 +412,7 @@ def _token_request(key: TokenKey) -> tuple[str, str, Headers, FormBody | None]:
         parameters += [("scope", " ".join(key.scopes))] if key.scopes else []
         parameters += [("client_id", _CLIENT_ID), ("grant_type", "refresh_token"), ("refresh_token", key.login.token)]
         fields.append(("Content-Type", "application/x-www-form-urlencoded"))
-        return "POST", url, Headers(fields), FormBody(urlencode(parameters).encode())
+        return "POST", url, Headers(fields), BytesBody(urlencode(parameters).encode())
     parameters += [("scope", scope) for scope in key.scopes]
     query = urlencode(parameters, quote_via=quote)
     if query:

@@ -11,7 +11,7 @@ from dockerproxy.errors import CaptivePortalSuspected, UpstreamBroken
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.upstream.form_body import FormBody
+from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.urls import resolve_location, split_url
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -60,7 +60,7 @@ async def follow(
     method: str,
     url: str,
     headers: Headers,
-    form: FormBody | None,
+    form: BytesBody | None,
     address_check_for: Callable[[Host], AddressCheck | None],
 ) -> tuple[R_co, Followed]:
     """Send a request, follow its redirects, and return the final response.

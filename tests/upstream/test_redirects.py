@@ -11,7 +11,7 @@ from dockerproxy.errors import CaptivePortalSuspected, UpstreamBroken
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Host
-from dockerproxy.upstream.form_body import FormBody
+from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.redirects import Followed, follow
 
 TOKEN = "https://auth.example/token?service=a"
@@ -29,7 +29,7 @@ class ScriptedAgent:
     async def request(
         self, method: str, url: str, headers: Headers = LOGIN, body: Any = None, *, address_check: Any = None
     ) -> ScriptedRedirect:
-        form = None if body is None else body._form
+        form = None if body is None else body._content
         self.requests.append((method, url, headers.get("authorization"), form))
         self.checks.append(address_check)
         return ScriptedRedirect(*self._locations.get(url, (200, "")))
@@ -50,7 +50,7 @@ def check_for(host: Host) -> AddressCheck | None:
 
 def run(agent: ScriptedAgent, form: bytes | None = None, url: str = TOKEN) -> Followed:
     """Follow the redirects of a request with a login. Return where they lead."""
-    method, body = ("GET", None) if form is None else ("POST", FormBody(form))
+    method, body = ("GET", None) if form is None else ("POST", BytesBody(form))
     results: list[Any] = []
     Deferred.fromCoroutine(follow(agent, method, url, LOGIN, body, check_for)).addBoth(results.append)
     if not isinstance(results[0], tuple):

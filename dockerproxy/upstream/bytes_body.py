@@ -1,4 +1,4 @@
-"""Forms as the bodies of requests (``application/x-www-form-urlencoded``)."""
+"""Bytes in memory as the body of a request."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from zope.interface import implementer
 
 
 @implementer(IBodyProducer)
-class FormBody:
+class BytesBody:
     """A request body that is in memory."""
 
-    def __init__(self, form: bytes) -> None:
-        self.length = len(form)
-        self._form = form
+    def __init__(self, content: bytes) -> None:
+        self.length = len(content)
+        self._content = content
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        consumer.write(self._form)
+        consumer.write(self._content)
         return succeed(None)
 
     def pauseProducing(self) -> None: ...

@@ -1,0 +1,431 @@
+"""A client of one S3 bucket, over the HTTP client that the proxy has for registries.
+
+A request that fails for a reason that may pass is sent again, with growing random pauses: all of them are idempotent.
+If the store stays unavailable, the error says why, and when to try again. Nothing is remembered, so the store is back
+as soon as it answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import Any, Protocol, TypeVar
+from urllib.parse import unquote_plus
+from xml.sax.saxutils import escape
+
+from attrs import frozen
+from twisted.internet.defer import DeferredSemaphore
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.web.iweb import IBodyProducer
+
+from dockerproxy.bucket.file_body import FileBody
+from dockerproxy.bucket.s3_xml import XMLAnswer, parse_answer
+from dockerproxy.bucket.store_errors import MAX_ERROR, StoreAnswer, retry_after
+from dockerproxy.concurrency import gather
+from dockerproxy.errors import RegistryError, StoreRefused, StoreUnavailable, UpstreamError, UpstreamTimeout
+from dockerproxy.http.headers import Headers
+from dockerproxy.net.store_location import StoreLocation
+from dockerproxy.oci.names import Digest
+from dockerproxy.upstream.agent import Response
+from dockerproxy.upstream.bytes_body import BytesBody
+from dockerproxy.upstream.retry import parse_retry_after
+
+_MIB = 1024 * 1024
+PART_SIZE = 16 * _MIB
+"""Bytes of a part of a blob, and of the largest blob that is sent in one request."""
+_LARGE_PART_SIZE = 64 * _MIB  # of blobs of more than _LARGE_BLOB bytes
+_LARGE_BLOB = 5 * 1024 * _MIB
+_MAX_PARTS = 10_000  # AWS, "Amazon S3 multipart upload limits"
+_PARTS_AT_ONCE = 4
+_MAX_PAGE = 16 * _MIB  # bytes of a page of a listing: 1,000 keys of 1,024 bytes, each of which may be quoted
+_MAX_ANSWER = 1 * _MIB
+_MAX_DELETED = 1000  # keys in one request
+_MAX_REQUESTS = 64  # at once; the others wait
+
+_UNSIGNED = "UNSIGNED-PAYLOAD"
+_NO_PAYLOAD = hashlib.sha256().hexdigest()
+
+_PAUSES = (0.1, 0.5, 1.0, 2.0)  # seconds before each retry, of which a random half is left out
+_MAX_PAUSE = 10.0  # seconds of a Retry-After that we wait ourselves, because a client is waiting, too
+
+log = Logger()
+
+T = TypeVar("T")
+
+
+class Signer(Protocol):
+    """Signs requests; `request_signer.RequestSigner` has the details."""
+
+    async def sign(
+        self, method: str, url: str, fields: Iterable[tuple[str, str]], payload_hash: str
+    ) -> list[tuple[str, str]]: ...
+
+
+class BucketAgent(Protocol):
+    """Sends single requests; `upstream.agent.Agent` has the details."""
+
+    async def request(
+        self, method: str, url: str, headers: Headers = ..., body: IBodyProducer | None = ..., *, reuse: bool = ...
+    ) -> Response: ...
+
+
+@frozen(slots=True)
+class ListedKey:
+    """An object: its key, its size in bytes, and the seconds since it was written, by the clock of the store.
+
+    A key that ends in ``/`` stands for all keys that begin with it; its size and age are 0.
+    """
+
+    key: str
+    size: int = 0
+    age: float = 0.0
+
+
+def part_size(size: int) -> int:
+    """Return the bytes of each part of a blob of `size` bytes. There are at most 10,000 parts."""
+    usual = PART_SIZE if size <= _LARGE_BLOB else _LARGE_PART_SIZE
+    return max(usual, -(-size // _MAX_PARTS // _MIB) * _MIB)
+
+
+class S3Bucket:
+    """The objects of a bucket, by keys without the prefix of its `location`.
+
+    Every method raises `StoreUnavailable`, its subclass `StoreRefused`, or `InsufficientStorage`. `draw` returns random
+    numbers from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        agent: BucketAgent,
+        signer: Signer,
+        location: StoreLocation,
+        clock: Callable[[], float],
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._reactor = reactor
+        self._agent = agent
+        self._signer = signer
+        self.location = location
+        self._clock = clock
+        self._draw = draw
+        self._slots = DeferredSemaphore(_MAX_REQUESTS)
+        self._failed = False
+
+    async def size(self, key: str) -> int | None:
+        """Return the size of an object in bytes, or None if there is none."""
+        response = await self._request("HEAD", key, accepted=(200, 404))
+        response.abort()
+        return response.length if response.status == 200 else None
+
+    async def get(self, key: str, limit: int) -> bytes | None:
+        """Return the content of an object of at most `limit` bytes, or None if there is none."""
+        return await self._retry(partial(self._get, key, limit))
+
+    async def open(self, key: str, offset: int = 0) -> Response:
+        """Return the response to a GET from `offset`, whose body the caller reads or aborts.
+
+        Its status is 200, 206, 404, or 416 if the object is shorter.
+        """
+        fields = [("Range", f"bytes={offset}-")] if offset else []
+        return await self._request("GET", key, fields=fields, accepted=(200, 206, 404, 416))
+
+    async def put(self, key: str, content: bytes) -> None:
+        """Store `content`, in place of an object that is there."""
+        await self._put(key, content)
+
+    async def put_file(self, key: str, fd: int, size: int, digest: Digest) -> None:
+        """Store the first `size` bytes of the open file `fd`, which match `digest`."""
+        if size <= PART_SIZE:
+            payload_hash = digest.hex if digest.algorithm == "sha256" else _UNSIGNED
+            response = await self._request(
+                "PUT", key, body=lambda: FileBody(self._reactor, fd, 0, size), payload_hash=payload_hash
+            )
+            await response.discard()
+        else:
+            await self._put_parts(key, fd, size)
+
+    async def create(self, key: str, content: bytes) -> bytes:
+        """Store `content` unless there is an object. Return what is there then: only one of several callers wins.
+
+        It needs a store that knows ``If-None-Match: *``.
+        """
+        while True:
+            response = await self._put(key, content, fields=[("If-None-Match", "*")], accepted=(200, 412))
+            if response.status == 200:
+                return content
+            existing = await self.get(key, max(len(content), 64 * 1024))
+            if existing is not None:  # else it was deleted meanwhile
+                return existing
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete the objects with `keys`, as far as there are any."""
+        if len(keys) == 1:
+            response = await self._request("DELETE", keys[0], accepted=(200, 204, 404))
+            await response.discard()
+            return
+        for start in range(0, len(keys), _MAX_DELETED):
+            await self._delete_all(keys[start : start + _MAX_DELETED])
+
+    async def list_keys(
+        self, prefix: str, *, delimiter: str = "", after: str = "", limit: int = 0
+    ) -> AsyncIterator[ListedKey]:
+        """Yield the objects whose keys begin with `prefix` and are behind `after`, a page at a time.
+
+        With a `delimiter`, keys with the same part up to the next delimiter behind the prefix are one. `limit` is the
+        number of objects of a page, if the caller needs few.
+        """
+        base = self.location.prefix
+        query = [("list-type", "2"), ("encoding-type", "url"), ("prefix", base + prefix)]
+        query += [("delimiter", delimiter)] if delimiter else []
+        query += [("start-after", base + after)] if after else []
+        query += [("max-keys", str(limit))] if limit else []
+        token = ""
+        while True:
+            page = [*query, ("continuation-token", token)] if token else query
+            date, answer = await self._retry(partial(self._list_page, page))
+            for kind, texts in answer.items:
+                listed = self._read_entry(kind, texts, date, is_quoted="EncodingType" in answer.texts)
+                if listed is not None:
+                    yield listed
+            token = answer.texts.get("NextContinuationToken", "")
+            if answer.texts.get("IsTruncated") != "true" or not token:
+                return
+
+    # parts
+
+    async def _put_parts(self, key: str, fd: int, size: int) -> None:
+        answer = await self._ask("POST", key, [("uploads", "")])
+        upload = answer.texts.get("UploadId", "")
+        if not upload:
+            raise self._broken("began no upload in parts")
+        length = part_size(size)
+        try:
+            tags: list[str] = [""] * -(-size // length)
+            await gather(
+                (self._put_part(key, upload, number, fd, start, min(length, size - start), tags)
+                for number, start in enumerate(range(0, size, length))),
+                _PARTS_AT_ONCE,
+            )  # fmt: skip
+            await self._complete(key, upload, tags, size)
+        except BaseException:
+            with suppress(RegistryError):  # else the store, or its rule for unfinished uploads, deletes the parts
+                response = await self._request("DELETE", key, [("uploadId", upload)], accepted=(200, 204, 404))
+                await response.discard()
+            raise
+
+    async def _put_part(
+        self, key: str, upload: str, number: int, fd: int, start: int, length: int, tags: list[str]
+    ) -> None:
+        query = [("partNumber", str(number + 1)), ("uploadId", upload)]
+        response = await self._request(
+            "PUT", key, query, body=lambda: FileBody(self._reactor, fd, start, length), payload_hash=_UNSIGNED
+        )
+        await response.discard()
+        tags[number] = response.headers.get("etag") or ""
+
+    async def _complete(self, key: str, upload: str, tags: Sequence[str], size: int) -> None:
+        parts = "".join(
+            f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(tag)}</ETag></Part>"
+            for number, tag in enumerate(tags, 1)
+        )
+        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+        try:
+            await self._ask("POST", key, [("uploadId", upload)], body)
+        except StoreRefused:
+            # The first answer may have been lost, so that the upload is complete and its name forgotten.
+            if await self.size(key) != size:
+                raise
+
+    # requests
+
+    async def _put(
+        self, key: str, content: bytes, fields: Sequence[tuple[str, str]] = (), accepted: Sequence[int] = (200,)
+    ) -> Response:
+        response = await self._request(
+            "PUT",
+            key,
+            fields=fields,
+            body=lambda: BytesBody(content),
+            payload_hash=hashlib.sha256(content).hexdigest(),
+            accepted=accepted,
+        )
+        await response.discard()
+        return response
+
+    async def _delete_all(self, keys: Sequence[str]) -> None:
+        objects = "".join(f"<Object><Key>{escape(self.location.prefix + key)}</Key></Object>" for key in keys)
+        body = f"<Delete><Quiet>true</Quiet>{objects}</Delete>".encode()
+        checksum = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        answer = await self._ask("POST", "", [("delete", "")], body, [("Content-MD5", checksum)])
+        for kind, texts in answer.items:
+            if kind == "Error" and texts.get("Code") != "NoSuchKey":
+                raise StoreAnswer(200, texts.get("Code", ""), texts.get("Message", "")).error(self.location)
+
+    async def _list_page(self, query: Sequence[tuple[str, str]]) -> tuple[float, XMLAnswer]:
+        response = await self._send("GET", "", query)
+        content = await response.read_all(_MAX_PAGE)
+        return _parse_date(response.headers.get("date"), self._clock), self._parse(response.status, content)
+
+    def _read_entry(self, kind: str, texts: dict[str, str], date: float, *, is_quoted: bool) -> ListedKey | None:
+        key = texts.get("Key" if kind == "Contents" else "Prefix", "")
+        key = unquote_key(key) if is_quoted else key
+        if kind not in ("Contents", "CommonPrefixes") or not key.startswith(self.location.prefix):
+            return None
+        key = key.removeprefix(self.location.prefix)
+        if kind == "CommonPrefixes":
+            return ListedKey(key)
+        try:
+            age = date - datetime.fromisoformat(texts.get("LastModified", "").replace("Z", "+00:00")).timestamp()
+            return ListedKey(key, int(texts.get("Size", "0")), age)
+        except ValueError:
+            raise self._broken("lists objects without a size or a date") from None
+
+    async def _get(self, key: str, limit: int) -> bytes | None:
+        response = await self._send("GET", key, accepted=(200, 404))
+        return None if response.status == 404 else await response.read_all(limit)
+
+    async def _ask(
+        self,
+        method: str,
+        key: str,
+        query: Sequence[tuple[str, str]],
+        body: bytes = b"",
+        fields: Sequence[tuple[str, str]] = (),
+    ) -> XMLAnswer:
+        """Return the answer to a request whose status is 200. It may be an error all the same."""
+        return await self._retry(partial(self._ask_once, method, key, query, body, fields))
+
+    async def _ask_once(
+        self,
+        method: str,
+        key: str,
+        query: Sequence[tuple[str, str]],
+        body: bytes,
+        fields: Sequence[tuple[str, str]],
+    ) -> XMLAnswer:
+        payload_hash = hashlib.sha256(body).hexdigest()
+        response = await self._send(method, key, query, fields, lambda: BytesBody(body), payload_hash)
+        return self._parse(response.status, await response.read_all(_MAX_ANSWER))
+
+    def _parse(self, status: int, content: bytes) -> XMLAnswer:
+        try:
+            answer = parse_answer(content)
+        except ValueError as error:
+            raise self._broken(f"sent an answer that cannot be read: {error}") from None
+        if answer.error is not None:
+            raise _Refused(StoreAnswer.parse(status, content), None)
+        return answer
+
+    async def _request(
+        self,
+        method: str,
+        key: str,
+        query: Sequence[tuple[str, str]] = (),
+        fields: Sequence[tuple[str, str]] = (),
+        body: Callable[[], IBodyProducer] | None = None,
+        payload_hash: str = _NO_PAYLOAD,
+        accepted: Sequence[int] = (200,),
+    ) -> Response:
+        return await self._retry(partial(self._send, method, key, query, fields, body, payload_hash, accepted))
+
+    async def _retry(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of `function`, which is called again after a failure that may pass."""
+        pauses = iter(_PAUSES)
+        while True:
+            try:
+                result = await function()
+            except _Refused as refusal:
+                error, wait = refusal.answer.error(self.location), refusal.wait
+                is_final = not refusal.answer.is_transient
+            except UpstreamError as failure:
+                # It has already cost the whole time-out.
+                is_final, wait = isinstance(failure, UpstreamTimeout), None
+                error = StoreUnavailable(f"{self.location} cannot be reached: {failure.message}", headers=retry_after())
+            else:
+                self._record_success()
+                return result
+            pause = next(pauses, None)
+            if is_final or pause is None or (wait is not None and wait > _MAX_PAUSE):
+                self._record_failure(error)
+                raise error
+            await deferLater(self._reactor, max(wait or 0.0, pause * (0.5 + self._draw() / 2)))
+
+    async def _send(
+        self,
+        method: str,
+        key: str,
+        query: Sequence[tuple[str, str]] = (),
+        fields: Sequence[tuple[str, str]] = (),
+        body: Callable[[], IBodyProducer] | None = None,
+        payload_hash: str = _NO_PAYLOAD,
+        accepted: Sequence[int] = (200,),
+    ) -> Response:
+        """Send a request once. Raise `_Refused` and `UpstreamError`."""
+        url = self.location.url(key, query)
+        signed = await self._signer.sign(method, url, fields, payload_hash)
+        await self._slots.acquire()
+        try:
+            response = await self._agent.request(
+                method, url, Headers(signed), body() if body is not None else None, reuse=True
+            )
+        finally:
+            self._slots.release()
+        if response.status in accepted:
+            if response.status == 404 and method != "HEAD":
+                await self._check_bucket(response)
+            return response
+        content = b"" if method == "HEAD" else await response.read_all(MAX_ERROR)
+        raise _Refused(StoreAnswer.parse(response.status, content), parse_retry_after(response.headers, self._clock()))
+
+    async def _check_bucket(self, response: Response) -> None:
+        """Read a 404, and raise `_Refused` if there is no bucket. That a key is missing is an answer."""
+        answer = StoreAnswer.parse(404, await response.read_all(MAX_ERROR))
+        if answer.code == "NoSuchBucket":
+            raise _Refused(answer, None)
+
+    def _broken(self, message: str) -> StoreUnavailable:
+        return StoreUnavailable(f"{self.location} {message}", headers=retry_after())
+
+    def _record_success(self) -> None:
+        if self._failed:
+            self._failed = False
+            log.info("REGISTRY_STORE: {place} answers again", place=str(self.location))
+
+    def _record_failure(self, error: RegistryError) -> None:
+        """Log the first of several failures."""
+        if not self._failed:
+            self._failed = True
+            log.error(
+                "REGISTRY_STORE: {reason}; until then, pushes fail, and pulls get what CACHE_DIR has",
+                reason=error.message,
+            )
+
+
+class _Refused(Exception):
+    """The store refused a request, and perhaps said for how many seconds to `wait`."""
+
+    def __init__(self, answer: StoreAnswer, wait: float | None) -> None:
+        super().__init__(answer)
+        self.answer = answer
+        self.wait = wait
+
+
+def unquote_key(text: str) -> str:
+    """Return the key that a listing has quoted as a form does."""
+    return unquote_plus(text, errors="surrogateescape")
+
+
+def _parse_date(text: str | None, clock: Callable[[], float]) -> float:
+    """Return the time of a Date field, or ours without one."""
+    try:
+        return parsedate_to_datetime(text or "").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return clock()

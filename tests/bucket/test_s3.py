@@ -1,0 +1,376 @@
+"""Tests for the client of a bucket, against a store in memory that has bad days."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from dockerproxy.bucket import s3
+from dockerproxy.bucket.s3 import ListedKey, S3Bucket, part_size
+from dockerproxy.errors import (
+    InsufficientStorage,
+    RegistryError,
+    StoreRefused,
+    StoreUnavailable,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from dockerproxy.oci.names import Digest
+from dockerproxy.upstream.connection import ConnectionDropped
+from tests.cache.support.upstream import ScriptedResponse
+from tests.store.support.reactor import SteppedReactor
+from tests.support.fake_store import LOCATION, FakeStore, refusal, xml
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore(SteppedReactor())
+
+
+@pytest.fixture
+def bucket(store: FakeStore) -> S3Bucket:
+    return store.bucket()
+
+
+@pytest.fixture
+def run(store: FakeStore) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    return store.clock.run  # type: ignore[no-any-return]
+
+
+async def read_list(bucket: S3Bucket, prefix: str, **options: Any) -> list[ListedKey]:
+    return [entry async for entry in bucket.list_keys(prefix, **options)]
+
+
+@pytest.fixture
+def data_file() -> Iterator[Callable[[bytes], int]]:
+    files = []
+
+    def make(content: bytes) -> int:
+        file = tempfile.TemporaryFile()
+        file.write(content)
+        file.flush()
+        files.append(file)
+        return file.fileno()
+
+    yield make
+    for file in files:
+        file.close()
+
+
+def test_objects(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    assert run(bucket.size("a")) is None
+    assert run(bucket.get("a", 10)) is None
+    run(bucket.put("a!b/c", b"content"))
+    assert store.objects == {"site/a!b/c": b"content"}
+    assert run(bucket.size("a!b/c")) == 7
+    assert run(bucket.get("a!b/c", 10)) == b"content"
+    run(bucket.delete(["a!b/c"]))
+    assert store.objects == {}
+    run(bucket.delete(["a!b/c"]))
+
+
+def test_only_one_creates(bucket: S3Bucket, run: Any) -> None:
+    assert run(bucket.create("k", b"deleting")) == b"deleting"
+    assert run(bucket.create("k", b"rescued")) == b"deleting"
+
+
+def test_an_object_that_was_deleted_after_a_conflict_is_created(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.fail(refusal(412, "PreconditionFailed"))
+    assert run(bucket.create("k", b"x")) == b"x"
+    assert store.objects == {"site/k": b"x"}
+
+
+def test_an_object_longer_than_the_limit(bucket: S3Bucket, run: Any) -> None:
+    run(bucket.put("k", bytes(100)))
+    with pytest.raises(StoreUnavailable):
+        run(bucket.get("k", 99))
+
+
+def test_a_part_of_an_object(bucket: S3Bucket, run: Any) -> None:
+    run(bucket.put("k", b"0123456789"))
+
+    async def read(offset: int) -> tuple[int, bytes]:
+        response = await bucket.open("k", offset)
+        return response.status, await response.read_all(100)
+
+    assert run(read(0)) == (200, b"0123456789")
+    assert run(read(7)) == (206, b"789")
+    assert run(read(10))[0] == 416
+
+
+def test_lists_have_pages(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.lists_at_once = 3
+    for number in range(8):
+        run(bucket.put(f"many/{number}/x", b"12"))
+        store.clock.advance(10)
+    entries = run(read_list(bucket, "many/"))
+    assert [entry.key for entry in entries] == [f"many/{number}/x" for number in range(8)]
+    assert {entry.size for entry in entries} == {2}
+    assert [round(entry.age) for entry in entries] == [80, 70, 60, 50, 40, 30, 20, 10]
+    assert [entry.key for entry in run(read_list(bucket, "many/", after="many/5/x"))] == ["many/6/x", "many/7/x"]
+    groups = run(read_list(bucket, "many/", delimiter="/"))
+    assert [entry.key for entry in groups] == [f"many/{number}/" for number in range(8)]
+    assert run(read_list(bucket, "nothing/")) == []
+
+
+def test_a_thousand_keys_are_deleted_at_once(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    keys = [f"<&>{number}" for number in range(1500)]
+    for key in keys:
+        store.store(f"site/{key}", b"")
+    run(bucket.delete(keys))
+    assert store.objects == {}
+    assert [str(request) for request in store.requests] == ["POST delete", "POST delete"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (
+            refusal(403, "InvalidAccessKeyId", "no such key."),
+            "(InvalidAccessKeyId: no such key); set AWS_ACCESS_KEY_ID",
+        ),
+        (refusal(403, "SignatureDoesNotMatch"), "(SignatureDoesNotMatch); set AWS_SECRET_ACCESS_KEY"),
+        (refusal(403, "RequestTimeTooSkewed", "15 min"), "(RequestTimeTooSkewed: 15 min); set the clock"),
+        (refusal(403, "AccessDenied"), "(AccessDenied); let the key list the bucket"),
+        (refusal(404, "NoSuchBucket", "none"), "(NoSuchBucket: none); create the bucket"),
+        (refusal(400, "AuthorizationHeaderMalformed", "expecting 'eu-1'"), "expecting 'eu-1'); set region="),
+        (refusal(301, "PermanentRedirect"), "(PermanentRedirect); set region= and endpoint="),
+        (ScriptedResponse(403, b"<html>go away"), "(status 403); check the bucket"),
+    ],
+    ids=lambda value: value[1:25] if isinstance(value, str) else "",
+)
+def test_a_refusal_has_the_words_of_the_store_and_is_not_repeated(
+    bucket: S3Bucket, store: FakeStore, run: Any, answer: ScriptedResponse, error: str
+) -> None:
+    store.fail(answer)
+    with pytest.raises(StoreRefused) as caught:
+        run(bucket.get("k", 10))
+    assert error in caught.value.message
+    assert "the bucket images at http://store.test:9000 refuses us" in caught.value.message
+    assert dict(caught.value.headers) == {"Retry-After": "60"}
+    assert len(store.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [refusal(507, "InsufficientStorage"), refusal(403, "QuotaExceeded"), refusal(400, "XMinioStorageFull")],
+    ids=["507", "quota", "minio"],
+)
+def test_a_full_store(bucket: S3Bucket, store: FakeStore, run: Any, answer: ScriptedResponse) -> None:
+    store.fail(answer)
+    with pytest.raises(InsufficientStorage, match="is full"):
+        run(bucket.put("k", b"x"))
+    assert len(store.requests) == 1
+
+
+PASSING_TROUBLES: dict[str, Callable[[], ScriptedResponse | Exception]] = {
+    "slow down": lambda: refusal(503, "SlowDown"),
+    "internal": lambda: refusal(500, "InternalError"),
+    "no xml": lambda: ScriptedResponse(502, b"<html>bad gateway"),
+    "too many": lambda: ScriptedResponse(429),
+    "conflict": lambda: refusal(409, "ConditionalRequestConflict"),
+    "timed out": lambda: refusal(400, "RequestTimeout"),
+    "dropped": lambda: ConnectionDropped("store.test:9000: closed the connection"),
+    "refused": lambda: UpstreamUnreachable("store.test:9000: connection refused", "refused"),
+}
+
+
+@pytest.mark.parametrize("make", PASSING_TROUBLES.values(), ids=PASSING_TROUBLES)
+def test_trouble_that_passes_is_waited_for(
+    bucket: S3Bucket, store: FakeStore, run: Any, make: Callable[[], ScriptedResponse | Exception]
+) -> None:
+    for _ in range(4):
+        store.fail(make())
+    run(bucket.put("k", b"x"))
+    assert store.objects == {"site/k": b"x"}
+    assert len(store.requests) == 5
+    assert 2.6 < store.clock.seconds() < 3.6  # three quarters of the pauses
+
+
+@pytest.mark.parametrize("make", PASSING_TROUBLES.values(), ids=PASSING_TROUBLES)
+def test_trouble_that_stays_says_when_to_try_again_and_is_forgotten(
+    bucket: S3Bucket, store: FakeStore, run: Any, make: Callable[[], ScriptedResponse | Exception]
+) -> None:
+    for _ in range(5):
+        store.fail(make())
+    with pytest.raises(StoreUnavailable) as caught:
+        run(bucket.put("k", b"x"))
+    assert caught.value.status == 503
+    assert dict(caught.value.headers) == {"Retry-After": "5"}
+    assert "the bucket images at http://store.test:9000" in caught.value.message
+    run(bucket.put("k", b"x"))
+    assert len(store.requests) == 6
+
+
+def test_a_time_out_is_not_repeated(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.fail(UpstreamTimeout("store.test:9000: timed out"))
+    with pytest.raises(StoreUnavailable, match="timed out"):
+        run(bucket.size("k"))
+    assert len(store.requests) == 1
+
+
+def test_retry_after_is_kept_if_it_is_short(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.fail(refusal(503, "SlowDown", fields={"Retry-After": "7"}))
+    run(bucket.put("k", b"x"))
+    assert 7 <= store.clock.seconds() < 8
+    store.fail(refusal(503, "SlowDown", fields={"Retry-After": "600"}))
+    with pytest.raises(StoreUnavailable):
+        run(bucket.put("k", b"x"))
+    assert store.clock.seconds() < 8
+
+
+def test_one_line_in_the_log_for_one_outage(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    from twisted.logger import globalLogPublisher
+
+    lines: list[str] = []
+
+    def observe(event: Any) -> None:
+        if event["log_namespace"] == "dockerproxy.bucket.s3":
+            lines.append(event["log_format"])
+
+    globalLogPublisher.addObserver(observe)
+    try:
+        for _ in range(3):
+            store.fail(refusal(403, "AccessDenied"))
+            with pytest.raises(StoreRefused):
+                run(bucket.get("k", 1))
+        run(bucket.get("k", 1))
+        run(bucket.get("k", 1))
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert [line.split("; ")[0] for line in lines] == [
+        "REGISTRY_STORE: {reason}",
+        "REGISTRY_STORE: {place} answers again",
+    ]
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(1, 16), (5 * GIB, 16), (5 * GIB + 1, 64), (600 * GIB, 64), (1000 * GIB, 103), (5000 * GIB, 512)],
+)
+def test_parts_are_larger_for_large_blobs(size: int, expected: int) -> None:
+    assert part_size(size) == expected * MIB
+    assert -(-size // part_size(size)) <= 10_000
+
+
+def test_a_small_file_is_one_request(bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+    content = os.urandom(1_000_000)
+    run(bucket.put_file("k", data_file(content + b"more"), len(content), Digest.of(content)))
+    assert store.objects == {"site/k": content}
+    assert store.requests[0].headers.get("x-amz-content-sha256") == Digest.of(content).hex
+    run(bucket.put_file("e", data_file(b""), 0, Digest.of(b"", "sha512")))
+    assert store.objects["site/e"] == b""
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_SIZE", 1000)
+    monkeypatch.setattr(s3, "part_size", lambda size: 1000)
+
+
+@pytest.mark.usefixtures("small_parts")
+class TestParts:
+    content = os.urandom(10_500)
+
+    def put(self, bucket: S3Bucket, run: Any, data_file: Any) -> None:
+        run(bucket.put_file("k", data_file(self.content), len(self.content), Digest.of(self.content)))
+
+    def test_a_long_file_is_sent_in_parts(self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+        self.put(bucket, run, data_file)
+        assert store.objects == {"site/k": self.content}
+        assert store.uploads == {}
+
+    def test_a_part_is_sent_again(self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+        store.fail(refusal(503, "SlowDown"), times=3, only="PUT k uploadId")
+        store.fail(ConnectionDropped("dropped"), only="PUT k uploadId")
+        self.put(bucket, run, data_file)
+        assert store.objects == {"site/k": self.content}
+
+    def test_an_error_with_the_status_200_is_one(
+        self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any
+    ) -> None:
+        answer = refusal(200, "InternalError", "We encountered an internal error.")
+        store.fail(answer, only="POST k uploadId")
+        self.put(bucket, run, data_file)
+        assert store.objects == {"site/k": self.content}
+
+    def test_an_error_with_the_status_200_that_stays(
+        self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any
+    ) -> None:
+        for _ in range(5):
+            store.fail(refusal(200, "InternalError", "We encountered an internal error."), only="POST k uploadId")
+        with pytest.raises(StoreUnavailable, match="InternalError: We encountered"):
+            self.put(bucket, run, data_file)
+        assert store.objects == {}
+        assert store.uploads == {}, "the parts are deleted"
+
+    def test_a_lost_answer_to_the_last_request(
+        self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any
+    ) -> None:
+        def complete_and_drop(request: Any) -> Exception | None:
+            if not str(request).startswith("POST k uploadId"):
+                return None
+            store._complete("site/k", request.query["uploadId"], request.body)
+            return ConnectionDropped("dropped")
+
+        store.faults.append(complete_and_drop)
+        self.put(bucket, run, data_file)
+        assert store.objects == {"site/k": self.content}
+
+    def test_a_failed_part_ends_the_upload(self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+        store.fail(refusal(403, "QuotaExceeded"), only="PUT k uploadId")
+        with pytest.raises(InsufficientStorage):
+            self.put(bucket, run, data_file)
+        assert store.uploads == {}
+        assert len([request for request in store.requests if request.method == "PUT"]) < 11
+
+    def test_a_file_that_was_truncated(self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+        with pytest.raises(OSError, match="shorter"):
+            run(bucket.put_file("k", data_file(self.content[:5000]), len(self.content), Digest.of(b"")))
+        assert store.objects == {}
+
+    def test_no_descriptor_is_left(self, bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any) -> None:
+        fd = data_file(self.content)
+        before = len(os.listdir("/proc/self/fd"))
+        store.fail(refusal(403, "QuotaExceeded"), only="PUT k uploadId")
+        with pytest.raises(RegistryError):
+            run(bucket.put_file("k", fd, len(self.content), Digest.of(self.content)))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        xml("ListBucketResult", "<Contents><Key>site/a</Key><Size>x</Size></Contents>"),
+        xml("ListBucketResult", "<Contents><Key>site/a</Key><LastModified>never</LastModified></Contents>"),
+        ScriptedResponse(200, b"not XML"),
+        ScriptedResponse(200, b"<!DOCTYPE a [<!ENTITY b 'c'>]><ListBucketResult/>"),
+    ],
+    ids=["size", "date", "no XML", "entity"],
+)
+def test_a_list_that_cannot_be_read(bucket: S3Bucket, store: FakeStore, run: Any, answer: ScriptedResponse) -> None:
+    store.fail(answer)
+    with pytest.raises(StoreUnavailable):
+        run(read_list(bucket, ""))
+
+
+def test_keys_of_others_are_left_out(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.fail(
+        xml(
+            "ListBucketResult",
+            "<Contents><Key>else/a</Key><Size>1</Size><LastModified>2030-01-01T00:00:00Z</LastModified></Contents>"
+            "<Contents><Key>site/b</Key><Size>1</Size><LastModified>2030-01-01T00:00:00Z</LastModified></Contents>",
+        )
+    )
+    assert [entry.key for entry in run(read_list(bucket, ""))] == ["b"]
+    assert LOCATION.prefix == "site/"
