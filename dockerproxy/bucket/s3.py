@@ -130,7 +130,7 @@ class S3Bucket:
         return await self._retry(partial(self._get, key, limit))
 
     async def open(self, key: str, offset: int = 0) -> Response:
-        """Return the response to a GET from `offset`, whose body the caller reads or aborts.
+        """Return the response to a GET from `offset`. The caller reads or aborts its body.
 
         Its status is 200, 206, 404, or 416 if the object is shorter.
         """
@@ -177,7 +177,7 @@ class S3Bucket:
     async def list_keys(
         self, prefix: str, *, delimiter: str = "", after: str = "", limit: int = 0
     ) -> AsyncIterator[ListedKey]:
-        """Yield the objects whose keys begin with `prefix` and are behind `after`, a page at a time.
+        """Yield the objects with keys that begin with `prefix` and are behind `after`, a page at a time.
 
         With a `delimiter`, keys with the same part up to the next delimiter behind the prefix are one. `limit` is the
         number of objects of a page, if the caller needs few.
@@ -300,7 +300,7 @@ class S3Bucket:
         body: bytes = b"",
         fields: Sequence[tuple[str, str]] = (),
     ) -> XMLAnswer:
-        """Return the answer to a request whose status is 200. It may be an error all the same."""
+        """Return the answer to a request. It may be an error though its status is 200."""
         return await self._retry(partial(self._ask_once, method, key, query, body, fields))
 
     async def _ask_once(

@@ -201,7 +201,7 @@ def test_one_line_over_all_processes(states: States, error: Exception) -> None:
         processes.request(process, error)
     assert states.lines == [BEGINS]
     if isinstance(error, UpstreamTimeout):
-        states.clock.advance(PROBE_INTERVAL)  # its probe asks again, for all
+        states.clock.advance(PROBE_INTERVAL)  # its probe asks again on behalf of all
         assert states.lines == [BEGINS]
         processes.processes[1].add(QUAY.origin, "", 0.0)
         processes.processes[0].add(QUAY.origin, "", 0.0)
