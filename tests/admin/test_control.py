@@ -83,7 +83,7 @@ def client(
     registry_disk: Any,
     recorded: list[Mapping[str, Any]],
 ) -> Any:
-    """A client of a control socket, whose process has the user ID 1000. The user's name is alice."""
+    """A client of a control socket. Its process has the user ID 1000. The user's name is alice."""
     clock = SynchronousReactor()
     tree, cache = HostedTree.from_layout(Layout(tmp_path / "hosted")), Layout(tmp_path / "cache")
     for name in ("one", "two"):

@@ -13,7 +13,7 @@ from dockerproxy.workers.scoreboard import HEARTBEAT_INTERVAL, Scoreboard, Slot,
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Return a clock whose time is that of the heartbeats."""
+    """Return a clock with the time of the heartbeats."""
     clock = Clock()
     monkeypatch.setattr(scoreboard_module.time, "monotonic_ns", lambda: int(clock.seconds() * 1e9))
     return clock
