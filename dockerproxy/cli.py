@@ -1,8 +1,8 @@
 """The command `dockerproxy`: list, remove and verify hosted and cached images through the control socket of the daemon.
 
-Exit status: 0 success; 1 completed, and found a problem (`check`, `import`, `gc`); 2 wrong usage; 3 the daemon is not
-running; 4 no such image or repository; 5 permission denied; 6 the daemon is busy with another of these commands; 7 the
-command failed, or the daemon stopped; 130 interrupted.
+Exit status: 0 success; 1 completed, and found a problem (`check`, `import`, `gc`, `config --check`, `reload`); 2 wrong
+usage; 3 the daemon is not running; 4 no such image or repository; 5 permission denied; 6 the daemon is busy with
+another of these commands; 7 the command failed, or the daemon stopped; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -151,6 +151,11 @@ def _build_parser() -> argparse.ArgumentParser:
     add_command(
         "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"
     )
+    config = add_command("config", "config:config", "show the settings in force and where each of them comes from")
+    config.add_argument(
+        "--check", metavar="FILE", help="check a file with settings and the files that it names instead"
+    )
+    add_command("reload", "config:reload", "make the daemon read its settings again, and print the result")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 

@@ -25,8 +25,10 @@ from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
 from dockerproxy.settings import (
+    EnvFile,
     Settings,
     SettingsError,
+    credential_name,
     exposure_warnings,
     read_env_file,
     variable_name,
@@ -36,7 +38,7 @@ from dockerproxy.upstream.credential_helper import PROGRAM_PREFIX, helper_enviro
 from dockerproxy.upstream.credentials import login_warnings
 from dockerproxy.upstream.docker_config import DockerConfig
 
-_RELOADABLE = {
+RELOADABLE = {
     "extra_registries",
     "registry_wildcards",
     "auth_registries",
@@ -55,6 +57,7 @@ _RELOADABLE = {
     "cors_origins",
     "warnings",
 }
+"""The attributes of `Settings` that a reload applies."""
 
 _SIGNAL = Principal(None, "SIGHUP", None)
 
@@ -71,6 +74,8 @@ class Configuration:
     settings: Settings
     variables: Mapping[str, str] = field(repr=False)
     docker_config: DockerConfig = field(factory=DockerConfig, repr=False)
+    sources: Mapping[str, tuple[str, str]] = field(factory=dict)
+    """The source of each variable that is not simply one of the environment: its kind, and the place in it."""
 
     @classmethod
     def read(cls, environment: Mapping[str, str], env_file: str | None) -> Configuration:
@@ -78,8 +83,15 @@ class Configuration:
 
         Raise `SettingsError`.
         """
-        file = read_env_file(env_file) if env_file else {}
-        environment = with_credentials(environment, file)
+        file = read_env_file(env_file) if env_file else EnvFile()
+        sources = {name: ("file", f"{env_file}, line {file.lines[name]}") for name in file if name not in environment}
+        with_files = with_credentials(environment, file)
+        sources |= {
+            name: ("credential", credential_name(name))
+            for name in with_files
+            if with_files[name] != environment.get(name)
+        }
+        environment = with_files
         settings = Settings.from_environment(environment, file)
         docker_config = read_docker_config(settings.docker_config_file)
         variables = {**file, **environment}
@@ -90,7 +102,7 @@ class Configuration:
             *exposure_warnings(settings, env_file, file),
             *login_warnings(settings.auth_registries, settings.registries, settings.registry_wildcards),
         )
-        return cls(evolve(settings, warnings=warnings), variables, docker_config)
+        return cls(evolve(settings, warnings=warnings), variables, docker_config, sources)
 
 
 def read_docker_config(path: Path | None) -> DockerConfig:
@@ -135,7 +147,7 @@ def _covers_any(wildcard: Wildcard, hosts: Iterable[Host]) -> bool:
 
 def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that a reload applies. The value is empty if a variable is not set."""
-    attributes = _RELOADABLE - {"warnings"}
+    attributes = RELOADABLE - {"warnings"}
     return {name: variables.get(name, "") for name in map(variable_name, attributes)}
 
 
@@ -174,47 +186,70 @@ class RegistryTable:
         return f"serving {', '.join(dict.fromkeys(map(str, [*self.mirrored.values(), *self._wildcards])))}"
 
 
+@frozen
+class ReloadResult:
+    """The result of a reload. `refused` is the reason, if the settings are unchanged.
+
+    `status` says which registries are served now. `needing_restart` has the settings that have changed and are applied
+    by a restart only, `warnings` and `problems` sentences about settings and about workers that could not apply them.
+    """
+
+    status: str
+    refused: str | None = None
+    warnings: tuple[str, ...] = ()
+    needing_restart: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
 @define
 class Reloader:
     """Reads the configuration with `read` and passes it to `apply`, which applies all settings or raises.
 
-    `apply` returns sentences about worker processes that could not apply them. `initial_settings` are the settings that
-    the daemon started with. A changed setting that a reload cannot apply is found by comparison with them.
+    `apply` returns sentences about worker processes that could not apply them. `initial` is the configuration that
+    the daemon started with. A changed setting that a reload cannot apply is found by comparison with it. `current` is
+    the one that was applied last.
 
     `audit` gets an entry for each. `on_ended` is called with whether the settings could be used.
     """
 
     read: Callable[[], Configuration]
     apply: Callable[[Configuration], Awaitable[Sequence[str]]]
-    initial_settings: Settings
+    initial: Configuration
     registries: RegistryTable
     notifier: Notifier
     audit: AuditLog
     on_ended: Callable[[bool], None]
+    current: Configuration = field(init=False)
     _lock: DeferredLock = field(factory=DeferredLock, init=False)
 
+    @current.default
+    def _current(self) -> Configuration:
+        return self.initial
+
     def __call__(self) -> None:
-        """Reload because of a signal.
+        """Reload because of a signal."""
+        spawn(self.reload(_SIGNAL), "reloading the settings")
+
+    async def reload(self, principal: Principal) -> ReloadResult:
+        """Reload for `principal`, after all reloads before, and return the result.
 
         If that fails, report the reason to the log and to systemd, and keep the current settings.
         """
-        spawn(self._reload_in_turn(_SIGNAL), "reloading the settings")
-
-    async def _reload_in_turn(self, principal: Principal) -> None:
         async with self._lock:
-            await self._reload(principal)
+            return await self._reload(principal)
 
-    async def _reload(self, principal: Principal) -> None:
+    async def _reload(self, principal: Principal) -> ReloadResult:
         self.notifier.reloading()
         outcome = "not reloaded: internal error; see the log"  # systemd waits for the end of a reload, however it ends
         try:
-            outcome = await self._try_reload()
+            result = await self._try_reload()
+            outcome = f"not reloaded: {result.refused}" if result.refused else " ".join(result.problems)
         finally:
             self.audit.record(principal, "reload", "the settings", outcome or "done")
             self.notifier.ready("; ".join(filter(None, (self.registries.status, outcome))))
+        return result
 
-    async def _try_reload(self) -> str:
-        """Return the outcome for systemd. It is empty if all processes have the new settings."""
+    async def _try_reload(self) -> ReloadResult:
         try:
             configuration = self.read()
             problems = await self.apply(configuration)
@@ -222,20 +257,27 @@ class Reloader:
             reason = describe_error(error)
             log.error("not reloaded, the settings are unchanged: {reason}", reason=reason)
             self.on_ended(False)
-            return f"not reloaded: {reason}"
+            return ReloadResult(self.registries.status, refused=reason)
         self.on_ended(True)
+        self.current = configuration
+        needing_restart = self._needing_restart(configuration.settings)
         for warning in configuration.settings.warnings:
             log.warn("{warning}", warning=warning)
-        for name in self._needing_restart(configuration.settings):
+        for name in needing_restart:
             log.warn("{name} has changed; restart the daemon to apply it", name=name)
         for problem in problems:
             log.error("{problem}", problem=problem)
         log.info("reloaded: {status}", status=self.registries.status)
-        return " ".join(problems)
+        return ReloadResult(
+            self.registries.status,
+            warnings=configuration.settings.warnings,
+            needing_restart=tuple(needing_restart),
+            problems=tuple(problems),
+        )
 
     def _needing_restart(self, settings: Settings) -> list[str]:
-        names = [attribute.name for attribute in fields(Settings) if attribute.name not in _RELOADABLE]
-        return [name.upper() for name in names if getattr(settings, name) != getattr(self.initial_settings, name)]
+        names = [attribute.name for attribute in fields(Settings) if attribute.name not in RELOADABLE]
+        return [name.upper() for name in names if getattr(settings, name) != getattr(self.initial.settings, name)]
 
 
 def describe_error(error: Exception) -> str:

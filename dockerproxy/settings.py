@@ -224,17 +224,22 @@ def with_credentials(env: Mapping[str, str], file: Mapping[str, str]) -> Mapping
     return env
 
 
+def credential_name(name: str) -> str:
+    """Return the name of the systemd credential with the variable `name`."""
+    return f"docker-registry-proxy.{name.lower()}"
+
+
 def _systemd_credential_path(env: Mapping[str, str], name: str) -> dict[str, str]:
     """Return `name` with the path of the systemd credential docker-registry-proxy.NAME, if there is one."""
     directory = env.get("CREDENTIALS_DIRECTORY", "")
-    path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
+    path = Path(directory) / credential_name(name)
     return {name: str(path)} if directory and path.exists() else {}
 
 
 def _systemd_credential(env: Mapping[str, str], name: str) -> dict[str, str]:
     """Read the variable `name` from the systemd credential docker-registry-proxy.NAME, with NAME in lower case."""
     directory = env.get("CREDENTIALS_DIRECTORY", "")
-    path = Path(directory) / f"docker-registry-proxy.{name.lower()}"
+    path = Path(directory) / credential_name(name)
     try:
         return {name: read_config_file(path)[0].decode("utf-8")} if directory else {}
     except FileNotFoundError:
@@ -294,6 +299,12 @@ def variable_name(attribute: str) -> str:
     return "REGISTRIES" if attribute in ("extra_registries", "registry_wildcards") else attribute.upper()
 
 
+def default_text(attribute: Attribute[Any]) -> str | None:
+    """Return the default of the setting that `attribute` declares, as text; None if it has none or is derived."""
+    declaration = attribute.metadata[_PARSER]
+    return None if declaration is None else declaration[1]
+
+
 # Variables of other programs that resemble a setting. A warning about them would be wrong.
 _UNRELATED_VARIABLES = set(
     "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY STATE_DIRECTORY RUNTIME_DIRECTORY DEBUG DEBUG_HUB DEBUG_NGINX".split()
@@ -349,7 +360,15 @@ _COMMENT = re.compile(r"\s+#.*")
 _QUOTED = re.compile(r"(['\"])(.*?)\1(?:\s+#.*)?")
 
 
-def read_env_file(path: str | Path) -> dict[str, str]:
+class EnvFile(dict[str, str]):
+    """The variables of a ``.env`` file. `lines` has the number of the line of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+
+
+def read_env_file(path: str | Path) -> EnvFile:
     """Read the variables of a ``.env`` file as docker-compose does, but without expansion.
 
     A line is ``NAME=value``, optionally after ``export``. The value ends at the end of the line, or at a ``#`` after a
@@ -363,7 +382,7 @@ def read_env_file(path: str | Path) -> dict[str, str]:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path} is not UTF-8 text.") from None
-    variables = {}
+    variables = EnvFile()
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -373,6 +392,7 @@ def read_env_file(path: str | Path) -> dict[str, str]:
         if not equals or not _NAME.fullmatch(name):
             raise SettingsError(f"{path}, line {number}, is not NAME=value.")
         variables[name] = _unquote(value.strip())
+        variables.lines[name] = number
     return variables
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from attrs import frozen
+from attrs import asdict, frozen
 from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
 
 from dockerproxy import __version__
+from dockerproxy.admin.configuration import ConfigurationHandlers
 from dockerproxy.admin.control import Control, ControlHandler, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
@@ -31,6 +32,7 @@ from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
@@ -129,7 +131,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     apply = partial(apply_configuration, server, workers.supervisor, shared_state)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
-    reloader = Reloader(read, apply, settings, server.registries, notifier, server.audit, report_reload)
+    reloader = Reloader(read, apply, configuration, server.registries, notifier, server.audit, report_reload)
+    configuration_handlers = ConfigurationHandlers(
+        lambda: report_configuration(reloader), partial(reload_for_command, reloader)
+    )
     operations = Operations(reactor, shared_state.locks, server.audit, time.time)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
@@ -158,7 +163,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             report,
             authority.fingerprint,
             partial(server.pools.lookups.run, local_user_name),
-            {},
+            {**configuration_handlers.handlers()},
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -258,6 +263,17 @@ async def apply_configuration(
     configure_provider(shared_state.logins, configuration)
     shared_state.ended_logins.clear()
     return await supervisor.reload(reloadable_variables(configuration.variables))
+
+
+def report_configuration(reloader: Reloader) -> dict[str, Any]:
+    """Return the settings in force, as a JSON value."""
+    report = ConfigReport(reloader.initial, reloader.current)
+    return {"settings": report.rows(), "warnings": list(reloader.current.settings.warnings)}
+
+
+async def reload_for_command(reloader: Reloader, principal: Principal) -> dict[str, Any]:
+    """Reload for `principal`, and return the result as a JSON value."""
+    return asdict(await reloader.reload(principal))
 
 
 def configure_provider(logins: LocalLoginProvider, configuration: Configuration) -> None:

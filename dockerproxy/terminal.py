@@ -86,6 +86,11 @@ def format_count(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
+def format_list(words: Sequence[str]) -> str:
+    """Return the words with commas, and "and" before the last."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def format_size(number: float) -> str:
     """Return a number of bytes as docker prints it, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -108,6 +108,10 @@ class DaemonProcess:
         return self.state_dir / "run/control.sock"
 
     @property
+    def env_file(self) -> Path:
+        return self.state_dir / "environment"
+
+    @property
     def log(self) -> str:
         return (self.state_dir / "log").read_text()
 
@@ -119,10 +123,14 @@ class DaemonProcess:
     def cached(self) -> StoreTree:
         return StoreTree(self.state_dir / "cache")
 
+    @property
+    def options(self) -> list[str]:
+        return [f"--env-file={self.env_file}"] if self.env_file.exists() else []
+
     def launch(self) -> subprocess.Popen[bytes]:
         with (self.state_dir / "log").open("ab") as output:
             return subprocess.Popen(
-                [*twistd_command(), "dockerproxy"], cwd=self.state_dir, stdin=subprocess.DEVNULL,
+                [*twistd_command(), "dockerproxy", *self.options], cwd=self.state_dir, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, env=environment(
                     STATE_DIR=str(self.state_dir), PROXY_LISTEN="tcp:0:interface=127.0.0.1",
                     REGISTRY_LISTEN="none", PATH=os.environ["PATH"],
@@ -466,6 +474,38 @@ def test_status(daemon: DaemonProcess) -> None:
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", fingerprint)
     assert f"SHA-256 of the CA certificate: {fingerprint}\n" in daemon.run("status")
     assert f"the CA certificate's SHA-256 is {fingerprint}\n" in daemon.log
+
+
+def test_config_and_reload(tmp_path: Path) -> None:
+    daemon = DaemonProcess(tmp_path)
+    daemon.env_file.write_text("REGISTRIES=quay.io\nCACHE_MAX_SIZE=1g\nAUTH_REGISTRIES=quay.io:me:hunter2\n")
+    daemon.env_file.chmod(0o600)
+    daemon.start()
+
+    def row(name: str) -> tuple[str, str]:
+        result = daemon.json("config")
+        return next((row["value"], row["place"]) for row in result["settings"] if row["name"] == name)
+
+    assert row("REGISTRIES") == ("quay.io", f"{daemon.env_file}, line 1")
+    assert row("AUTH_REGISTRIES") == ("quay.io:***", f"{daemon.env_file}, line 3")
+    assert row("STATE_DIR") == (str(tmp_path), "STATE_DIR")
+    daemon.env_file.write_text("CACHE_MAX_SIZE=2g\nREGISTRIES=ghcr.io\n")
+    text = daemon.run("reload")
+    assert text == ("a restart is needed to apply CACHE_MAX_SIZE\nreloaded: serving registry-1.docker.io, ghcr.io\n")
+    assert row("REGISTRIES") == ("ghcr.io", f"{daemon.env_file}, line 2")
+    assert "CACHE_MAX_SIZE is 2g now; restart the daemon to apply it\n" in daemon.run("config")
+    daemon.env_file.write_text("ALLOW_DELETE=perhaps\n")
+    text = daemon.run("reload", status=1)
+    assert text == "not reloaded, the settings are unchanged: ALLOW_DELETE: 'perhaps' is neither true nor false.\n"
+    assert daemon.json("reload", status=1)["refused"].startswith("ALLOW_DELETE")
+    assert row("REGISTRIES") == ("ghcr.io", f"{daemon.env_file}, line 2"), "the settings are unchanged"
+    daemon.stop()
+    audit = (tmp_path / "audit.jsonl").read_text()
+    entries = [json.loads(line) for line in audit.splitlines()]
+    results = [(entry["user"], entry["result"]) for entry in entries if entry.get("action") == "reload"]
+    refused = "not reloaded: ALLOW_DELETE: 'perhaps' is neither true nor false."
+    assert results == [(USER, "done"), (USER, refused), (USER, refused)]
+    assert "hunter2" not in daemon.log + audit
 
 
 def test_budget(daemon: DaemonProcess) -> None:

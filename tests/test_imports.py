@@ -44,7 +44,10 @@ ALLOWED = {
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
     "control_client": set(),
-    "commands": {"control_client", "durations", "terminal"},  # they must start fast, and the daemon does the work
+    "config_report": {"reload", "settings"},
+    "config_check": {"reload", "settings", "registry", "proxy", "upstream"},
+    # They must start fast, and the daemon does the work. `config --check` works without one.
+    "commands": {"config_check", "control_client", "durations", "terminal"},
     "cli": {"__init__", "control_client", "durations", "terminal"},  # it loads the one command that runs, by its name
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part

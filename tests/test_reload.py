@@ -69,7 +69,13 @@ class ReloadHarness:
         self.audit, self.recorded = make_audit_log()
         self.successes: list[bool] = []
         self.reload = Reloader(
-            self._read, self._apply, self.current, self.registries, self.notifier, self.audit, self.successes.append
+            self._read,
+            self._apply,
+            Configuration(self.current, {}),
+            self.registries,
+            self.notifier,
+            self.audit,
+            self.successes.append,
         )
 
     def _log(self, level: str) -> Any:

@@ -7,7 +7,8 @@ import hmac
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,22 @@ def parse_htpasswd(text: str, path: Path, setting: str = "HTPASSWD_FILE") -> dic
     return users
 
 
+def check_htpasswd(path: Path, setting: str) -> None:
+    """Raise `HtpasswdError` if the file at `path`, which `setting` names, cannot be used. Blocks."""
+    with _named_errors(path, setting):
+        parse_htpasswd(read_config_file(path)[0].decode("utf-8"), path, setting)
+
+
+@contextmanager
+def _named_errors(path: Path, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HtpasswdError(f"{setting}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise HtpasswdError(f"{setting}: {path} is not UTF-8 text") from None
+
+
 class PasswordPool(Protocol):
     """Threads for password hashes; see `BoundedThreadPool`."""
 
@@ -91,14 +108,10 @@ class HtpasswdFile:
 
     def reload(self) -> None:
         """Read the file. If it cannot be used, raise `HtpasswdError` and keep the previous users."""
-        try:
+        with _named_errors(self._path, self._setting):
             content, status = read_config_file(self._path)
             self._signature = _signature(status)
             users = parse_htpasswd(content.decode("utf-8"), self._path, self._setting)
-        except OSError as error:
-            raise HtpasswdError(f"{self._setting}: {self._path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise HtpasswdError(f"{self._setting}: {self._path} is not UTF-8 text") from None
         self._users = users
         self._verified.clear()
         # Unknown users are compared with this hash, which costs as much as the most expensive one in the file.
