@@ -16,7 +16,12 @@ from twisted.application.internet import TimerService
 from twisted.internet.defer import Deferred, TimeoutError
 
 from dockerproxy import __version__
+from dockerproxy.admin.api import API, API_PREFIX, api_shares
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
+from dockerproxy.admin.live import LiveFeed
+from dockerproxy.admin.overview import Overview
+from dockerproxy.admin.viewer import Viewer
+from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
@@ -109,8 +114,9 @@ class SharedServices:
 
     `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
     logins that are refused, and `logins` has those of credential helpers. `silent_servers` remembers servers that do
-    not answer. `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true if the daemon
-    has several processes.
+    not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
+    questions of the page and the API. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
+    is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -119,6 +125,9 @@ class SharedServices:
     report_login: OnLoginChanged
     logins: LoginProvider
     silent_servers: SilentServers
+    board: Board
+    board_part: BoardPart
+    overview: Overview
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -167,6 +176,7 @@ class ProxyServer:
     state: StateDirectory
     agent: Agent
     metrics: Metrics
+    live: LiveFeed
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
@@ -265,12 +275,19 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         registries.mirrored,
         hosted_store.has_repository,
     )
+    live = LiveFeed(
+        reactor, shared.board, shared.board_part, shared.metrics, shared.state.open_records(), shared.cache_space.usage,
+        time.time,
+    )  # fmt: skip
+    api_requests = api_shares()
+    api_handler = API(shared.overview, live, partial(anonymous_viewer, hosted_app), api_requests)
+    api_pages: dict[str, Handler] = {API_PREFIX: api_handler.handle}
     pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler, ready_handler)
-    proxy_pages = pages_for(proxy_port(settings), on_proxy_port=True)
+    proxy_pages = {**pages_for(proxy_port(settings), on_proxy_port=True), **api_pages}
     proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)
     registry_router = Router(
         registries_for(mirror_by_default=False).handle,
-        pages_for(proxy_port(settings)),
+        {**pages_for(proxy_port(settings)), **api_pages},
         browser_protection,
         respond_error,
     )
@@ -321,6 +338,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             budgets.responses.shares,
             api.long_responses,
             metrics_requests,
+            live.viewers,
+            api_requests,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
@@ -331,8 +350,14 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         shared.state,
         connectors.agent,
         shared.metrics,
+        live,
         reactor,
     )
+
+
+async def anonymous_viewer(hosted_app: HostedRegistryApp, request: Request) -> Viewer:
+    """Return the viewer that sends `request`."""
+    return Viewer(reads_hosted=not hosted_app.access_control.reading_needs_login)
 
 
 def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:
@@ -467,6 +492,7 @@ def build_cache(
             UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
         ),
         agent=agent,
+        board=shared.board_part,
     )
     cache_policy = CachePolicy(
         registries=registries.mirrored.values(),

@@ -14,11 +14,14 @@ from twisted.logger import Logger
 from twisted.python import usage
 
 from dockerproxy import __version__
+from dockerproxy.admin.api import ControlAPI
 from dockerproxy.admin.configuration import ConfigurationHandlers
 from dockerproxy.admin.control import Control, ControlHandler, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
+from dockerproxy.admin.overview import LocalOverview, OverviewSources
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.admin.summary import Summaries
 from dockerproxy.app import (
     ProxyServer,
     SharedServices,
@@ -35,6 +38,7 @@ from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
+from dockerproxy.daemon.history import History, HistoryService
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.metrics import RELOAD_SUCCESS, Metrics
@@ -126,6 +130,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         reactor, time.time, server.registries.is_listed, partial(metrics.count_of, cache_status="STALE")
     )
     silent_servers.set_on_state_changed(registry_states.report)
+    history = History(str(settings.state_dir / "history"), metrics, time.time)
+    overview = build_overview(reactor, settings, state, server, shared, history)
+    overview.sources.problems = partial(describe_outages, registry_states)
+    shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state)
@@ -144,6 +152,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
         server.gauge_service(),
+        HistoryService(reactor, history),
         upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
         listener_service,
         workers.supervisor,
@@ -163,7 +172,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             report,
             authority.fingerprint,
             partial(server.pools.lookups.run, local_user_name),
-            {**configuration_handlers.handlers()},
+            {**configuration_handlers.handlers(), **ControlAPI(shared.overview, server.live).handlers},
+            overview.sources,
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -345,6 +355,45 @@ def build_cache_space(
     )
 
 
+def build_overview(
+    reactor: Any,
+    settings: Settings,
+    state: StateDirectory,
+    server: ProxyServer,
+    shared: SharedServices,
+    history: History,
+) -> LocalOverview:
+    """Build what answers the page, the API and the command."""
+    stores = [StoreView(CACHED, state.cache), StoreView(HOSTED, state.registry)]
+    records = state.open_records()
+    return LocalOverview(
+        reactor,
+        server.metrics,
+        shared.board,
+        history,
+        Summaries(reactor, stores, server.registry_disk, records),
+        stores,
+        records,
+        server.registry_disk,
+        shared.cache_space.usage,
+        time.time,
+        version=__version__,
+        workers=settings.workers,
+    )
+
+
+def describe_outages(states: RegistryStates) -> dict[str, str]:
+    """Return a sentence for each registry that does not answer."""
+    return {
+        outage["registry"]: "no answer since {since} UTC: {reason}; {stale} answers were stale".format(
+            since=time.strftime("%Y-%m-%d %H:%M", time.gmtime(outage["since"])),
+            reason=outage["reason"],
+            stale=outage["stale"],
+        )
+        for outage in states.report_list()
+    }
+
+
 def build_control_socket(
     reactor: Any,
     settings: Settings,
@@ -360,8 +409,12 @@ def build_control_socket(
     ca_fingerprint: str,
     user_name: UserName,
     handlers: Mapping[tuple[str, str], ControlHandler],
+    sources: OverviewSources,
 ) -> ControlSocket:
-    """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
+    """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`.
+
+    The `sources` of the overview get its reports.
+    """
     stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     control = Control(
@@ -380,6 +433,7 @@ def build_control_socket(
         time.time,
         handlers,
     )
+    sources.status, sources.budget = control.status, control.budget
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 

@@ -39,7 +39,7 @@ ALLOWED = {
     "parsers": {"durations", "net", "oci", "errors"},
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "upstream", "oci"},
-    "admin": {"cache", "registry", "proxy", "store", "http", "oci", "errors"},
+    "admin": {"cache", "daemon", "registry", "proxy", "store", "http", "oci", "errors"},
     "workers": {"cache", "store", "upstream", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),

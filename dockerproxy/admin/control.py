@@ -167,11 +167,11 @@ class Control:
             return
         match request.method, request.path:
             case "GET", "/v1/status":
-                request.respond(200, JSON_FIELDS, json.dumps(await self._status()).encode())
+                request.respond(200, JSON_FIELDS, json.dumps(await self.status()).encode())
             case "GET", "/v1/debug":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
             case "GET", "/v1/budget":
-                request.respond(200, JSON_FIELDS, json.dumps(await self._budget()).encode())
+                request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())
             case "GET", "/v1/repositories":
                 await self._list(parse_pairs(parse_query(request.query), LIST), response)
             case "POST", "/v1/remove":
@@ -192,11 +192,13 @@ class Control:
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
 
-    async def _budget(self) -> dict[str, Any]:
+    async def budget(self) -> dict[str, Any]:
+        """Return the rate limits of registries as a JSON value."""
         limits = await in_thread(self._reactor, stored_limits, self._records)
         return {"limits": [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in limits]}
 
-    async def _status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
+        """Return the state of the daemon as a JSON value."""
         return {
             "started": self._start_time,
             "ca": {"sha256": self._ca_fingerprint},

@@ -30,7 +30,7 @@ def list_repositories(store: StoreView, pattern: str | None = None) -> Iterator[
             continue
         manifests = list(store.links.manifests(repository))
         tags = len(store.links.tags(repository))
-        usage = _DiskUsage(store)
+        usage = DiskUsage(store)
         usage.add(manifests)
         last_used = usage.last_used
         usage.add(store.links.layers(repository))
@@ -93,7 +93,7 @@ def list_manifests(ref: ImageRef) -> Iterator[Row]:
 
 def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None) -> Iterator[Row]:
     store = ref.store
-    usage = _DiskUsage(store)
+    usage = DiskUsage(store)
     usage.add([digest])
     last_used = usage.last_used
     if not usage.sizes and store.kind == CACHED:
@@ -158,7 +158,7 @@ class Closure:
         return read_references(self._store.layout, self._store.links, self._repository, digest)
 
 
-class _DiskUsage:
+class DiskUsage:
     """The sizes of blobs, each counted once, and the latest time that one was used."""
 
     def __init__(self, store: StoreView) -> None:

@@ -148,5 +148,18 @@ class Access:
 
     def _saved_time(self, kind: str, key: str, identity: str) -> float:
         """Return the time of a saved grant or denial; -inf if there is none."""
-        at = (self._records.get(kind, key, identity) or {}).get("at")
-        return at if isinstance(at, int | float) else -inf
+        return _saved_time(self._records, kind, key, identity)
+
+
+def public_may_read(records: Records, key: str) -> bool:
+    """Return whether the records say that the public may read from the repository `key`.
+
+    Upstream has let clients without a credential read from it, and not denied it since. Some of its content may be
+    private all the same; see `Visibility`. May be called in any thread.
+    """
+    return _saved_time(records, GRANT, key, PUBLIC) > _saved_time(records, DENIAL, key, PUBLIC)
+
+
+def _saved_time(records: Records, kind: str, key: str, identity: str) -> float:
+    at = (records.get(kind, key, identity) or {}).get("at")
+    return at if isinstance(at, int | float) else -inf

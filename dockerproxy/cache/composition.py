@@ -10,6 +10,7 @@ from attrs import frozen
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.access import GRANT_TTL, Access
 from dockerproxy.cache.blobs import CachedBlobs
+from dockerproxy.cache.board import BoardPart
 from dockerproxy.cache.challenges import Challenges, OnChallenge
 from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.downloads import DownloadLimits, Downloads
@@ -58,6 +59,7 @@ class CacheServices:
     multi_process: bool
     upstream: RegistryClient
     agent: UpstreamAgent
+    board: BoardPart
 
 
 @frozen(kw_only=True)
@@ -105,7 +107,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     rate_limits = RateLimits(records, clock)
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
-    downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits)
+    downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits, services.board)
 
     def address_check_for(host: Host) -> AddressCheck | None:
         return None if host in policy.intercepted else policy.address_check

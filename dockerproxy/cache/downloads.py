@@ -41,8 +41,10 @@ from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.ahead import MAX_WAIT, AheadFetcher, AheadRange, AheadRanges
+from dockerproxy.cache.board import POST_INTERVAL, BoardEntry, BoardPart
 from dockerproxy.cache.download_memory import DownloadMemory
 from dockerproxy.cache.download_state import DownloadState
+from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.ingests import DownloadInfo, FollowedIngest, IngestObserver, Ingests, IngestWriter
 from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.reader import WITHHELD_BYTES, BlobReader
@@ -126,6 +128,7 @@ class DownloadResources:
     open_readers: OpenReaders
     ahead_fetcher: AheadFetcher
     limits: DownloadLimits
+    board: BoardPart
     memory: DownloadMemory = field(factory=DownloadMemory)
     sync_lock: DeferredLock = field(factory=DeferredLock)
     rehash_locks: LocalKeyedLock = field(factory=LocalKeyedLock)
@@ -179,6 +182,9 @@ class BlobDownload:
         self._memory = resources.memory
         self._codings = resources.codings
         self._tail = resources.memory.tail()
+        self._board = resources.board
+        self._board_entry: BoardEntry | None = None
+        self._posted_at = 0.0
         self.key = principal.repository.ingest_key(digest)
         self.repository = principal.repository
         self.digest = digest
@@ -220,6 +226,9 @@ class BlobDownload:
         if self._unread_timer.active():
             self._unread_timer.cancel()
         self._tail.clear()  # because a slow reader may keep this object alive for hours
+        if self._board_entry is not None:
+            self._board_entry.remove()
+            self._board_entry = None
         self._close_file()
         self._change_state(state)
 
@@ -340,6 +349,7 @@ class BlobDownload:
         self._attendants += 1
         if self._unread_timer.active():
             self._unread_timer.cancel()
+        self._post_if_due()
 
     def _leave(self) -> None:
         self._attendants -= 1
@@ -634,13 +644,30 @@ class BlobDownload:
     def _grow(self, size: int) -> None:
         """Record that the file now has `size` bytes, and wake the readers."""
         self.written = size
+        self._post_if_due()
         self._wake()
 
     def _change_state(self, state: DownloadState) -> None:
         if not self.state.may_become(state):
             raise RuntimeError(f"a download that is {self.state.value} cannot become {state.value}")
         self.state = state
+        self._post()
         self._wake()
+
+    def _post_if_due(self) -> None:
+        if self._reactor.seconds() - self._posted_at >= POST_INTERVAL:
+            self._post()
+
+    def _post(self) -> None:
+        """Write to the board how far the download is, unless upstream has not responded."""
+        self._posted_at = self._reactor.seconds()
+        if self.state.is_pending or self.state.is_end:
+            return
+        if self._board_entry is None:
+            is_private = self._principal.identity != PUBLIC
+            self._board_entry = self._board.add(self.repository.key, self.digest, self.size, private=is_private)
+        if self._board_entry is not None:
+            self._board_entry.update(self.written, self.size, self._attendants)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, {}
@@ -691,12 +718,13 @@ class Downloads:
         ingests: Ingests,
         open_readers: OpenReaders,
         limits: DownloadLimits,
+        board: BoardPart,
     ) -> None:
         ranges = max(2, limits.downloads // 4)  # each takes a connection
         self._of_ranges = ClientShares("ranges fetched ahead of downloads", ranges, ranges // 2)
         self._resources = DownloadResources(
             reactor, upstream, space, ingests, IngestObserver(reactor), open_readers,
-            AheadFetcher(reactor, upstream, self._of_ranges), limits,
+            AheadFetcher(reactor, upstream, self._of_ranges), limits, board,
         )  # fmt: skip
         self._downloads: dict[IngestKey, BlobDownload] = {}
         self._of_registries = ClientShares("downloads by registry", limits.downloads, limits.downloads_per_registry)

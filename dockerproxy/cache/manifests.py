@@ -99,6 +99,11 @@ class TagEntry:
         return ("" if self.public else _PRIVATE_PREFIX) + (_CLAIMED_PREFIX if self.claimed else "") + self.accept
 
 
+def is_public_entry(record_key: str) -> bool:
+    """Return whether a `TagEntry.record_key` is that of a public entry."""
+    return not record_key.startswith(_PRIVATE_PREFIX)
+
+
 @frozen
 class _Loaded:
     """A stored manifest. It is public if upstream has sent it to a client without a credential."""

@@ -40,7 +40,8 @@ class BrowserProtection:
 class Router:
     """The handlers of one port: `registry` for `/v2/` and everything below, and `pages` by path, for GET and HEAD.
 
-    `render_registry_error` responds with the errors of `/v2/`.
+    A path of `pages` that ends in a slash stands for everything below it. `render_registry_error` responds with the
+    errors of `/v2/`.
     """
 
     registry: Handler
@@ -60,7 +61,15 @@ class Router:
             return self.registry(request)
         if request.method not in SAFE_METHODS:
             raise Unsupported(f"{request.path} supports only GET and HEAD", headers=[("Allow", "GET, HEAD")])
-        page = self.pages.get(request.path)
+        page = self.pages.get(request.path) or self._page_above(request.path)
         if page is None:
             raise NameUnknown("no such page; / lists the pages")
         return page(request)
+
+    def _page_above(self, path: str) -> Handler | None:
+        end = len(path)
+        while (end := path.rfind("/", 1, end)) > 0:
+            page = self.pages.get(path[: end + 1])
+            if page is not None:
+                return page
+        return None

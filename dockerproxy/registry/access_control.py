@@ -28,6 +28,10 @@ _TOKEN_LIFETIME = 3600  # seconds
 class AccessControl(Protocol):
     """Decides about the requests of one registry."""
 
+    @property
+    def reading_needs_login(self) -> bool:
+        """Whether only users may read."""
+
     async def check(self, request: Request, target: Target) -> Principal:
         """Return who makes this request. Raise `Unauthorized`, with a challenge, if the client may not make it."""
 
@@ -41,6 +45,8 @@ class AccessControl(Protocol):
 class AllowAll:
     """No users: every request is allowed."""
 
+    reading_needs_login = False
+
     async def check(self, request: Request, target: Target) -> Principal:
         return Principal.of(request, None)
 
@@ -50,6 +56,8 @@ class AllowAll:
 
 class RequireLogin:
     """Every request needs a login."""
+
+    reading_needs_login = True
 
     def __init__(self, htpasswd: HtpasswdFile, realm: str) -> None:
         self._htpasswd = htpasswd
@@ -73,6 +81,8 @@ class AnonymousPull:
     The challenge leads a client to `public_url` (REGISTRY_URL) if that is set, and otherwise to the address that it has
     used. Clients that reach one of `own_names` over TLS stay there, because this name may be the only one they know.
     """
+
+    reading_needs_login = False
 
     def __init__(
         self,

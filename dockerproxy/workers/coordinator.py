@@ -6,7 +6,7 @@ worker's `RemoteCoordinator` (`remote`) calls the methods of a `LocalCoordinator
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
@@ -31,10 +31,18 @@ class Coordinator(CacheSpace, Protocol):
 
     def report_login(self, registry: str, setting: str, reason: str) -> None: ...
 
+    async def get_overview(
+        self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]
+    ) -> dict[str, Any]: ...
+
+
+Answer = Callable[[str, Sequence[Any], Mapping[str, str]], Awaitable[dict[str, Any]]]
+"""Answers a question about the daemon with a JSON object; see `admin.overview`."""
+
 
 @define
 class SharedState:
-    """The shared state in the main process.
+    """The shared state in the main process. `overview` answers once it is set, while the daemon is built.
 
     `owners` maps each reserved download to the coordinator of its process. A process may take over an ingest before we
     learn that its previous writer released it. A release is therefore ignored if another process has reserved the same
@@ -46,6 +54,7 @@ class SharedState:
     logins: LocalLoginProvider
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
+    overview: Answer | None = field(default=None, init=False)
 
 
 @define(eq=False)
@@ -137,6 +146,14 @@ class LocalCoordinator(Coordinator):
         """Record that a login is refused, or works again; see `EndedLogins.report`."""
         self._shared.ended_logins.report(registry, setting, reason)
 
+    # the overview
+
+    async def get_overview(self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+        """Return the answer of the main process about a resource for a viewer."""
+        if self._shared.overview is None:
+            raise RuntimeError("the overview is asked before the daemon is built")
+        return await self._shared.overview(resource, viewer, arguments)
+
     # the end
 
     def close(self) -> None:
@@ -177,6 +194,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "unlock": (int,),
     "get_login_values": (Host.parse, parse_login, str),
     "report_login": (str, str, str),
+    "get_overview": (str, list, dict),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
 

@@ -15,7 +15,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.main import installReactor
 from twisted.logger import Logger, globalLogPublisher
 
+from dockerproxy.admin.overview import Overview
 from dockerproxy.app import SharedServices, build_server, build_silent_servers, raise_descriptor_limit
+from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
@@ -51,6 +53,7 @@ class ForkedState:
     certificates: Certificates
     scoreboard: Scoreboard
     metrics: Metrics
+    board: Board
 
     @classmethod
     def create(
@@ -64,7 +67,8 @@ class ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
-        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics)
+        board = Board.make(processes)
+        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics, board)
 
     def shared_services(
         self, number: int, coordinator: Coordinator, bindings: Bindings, silent_servers: SilentServers
@@ -77,6 +81,9 @@ class ForkedState:
             coordinator.report_login,
             coordinator,
             silent_servers,
+            self.board,
+            self.board.for_process(number),
+            Overview(coordinator.get_overview),
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from twisted.internet.defer import Deferred, TimeoutError
+
+from dockerproxy.errors import ServiceOverloaded
 from dockerproxy.oci.credentials import Login
 from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.layout import IngestKey
@@ -15,6 +18,7 @@ from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
+_OVERVIEW_TIMEOUT = 10.0  # seconds
 
 
 class RemoteCoordinator(Coordinator):
@@ -85,6 +89,18 @@ class RemoteCoordinator(Coordinator):
     def report_login(self, registry: str, setting: str, reason: str) -> None:
         """Report a login that is refused, or works again."""
         self._rpc.hint("report_login", registry, setting, reason)
+
+    async def get_overview(self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+        """Return the answer of the main process. Raise `ServiceOverloaded` if there is none in time."""
+        call = Deferred.fromCoroutine(self._rpc.call("get_overview", resource, list(viewer), dict(arguments)))
+        try:
+            answer: dict[str, Any] = await call.addTimeout(_OVERVIEW_TIMEOUT, self._reactor)
+        except (RemoteError, TimeoutError):
+            raise ServiceOverloaded(
+                f"the main process of docker-registry-proxy has not answered within {_OVERVIEW_TIMEOUT:.0f} seconds",
+                headers=[("Retry-After", f"{_OVERVIEW_TIMEOUT:.0f}")],
+            ) from None
+        return answer
 
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()

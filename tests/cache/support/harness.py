@@ -12,6 +12,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from dockerproxy.cache.board import Board
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import BlobDownload, DownloadLimits, Downloads
 from dockerproxy.cache.freshness import Freshness
@@ -150,6 +151,7 @@ class CacheHarness:
             cooperative_thread=restless,
         )
         self._download_limits = download_limits or DownloadLimits()
+        self.board = Board.make(2)
         self.login_source = ScriptedLogins(login)
         self.learned_challenges: dict[Registry, Any] = {}
         self.ping_targets: dict[Registry, Registry | None] = {}
@@ -167,6 +169,7 @@ class CacheHarness:
             multi_process=shared,
             upstream=self.upstream,
             agent=self.agent,
+            board=self.board.for_process(0),
         )
         policy = CachePolicy(
             registries=registries,
@@ -198,7 +201,13 @@ class CacheHarness:
     def new_downloads(self) -> Downloads:
         """Return downloads in the same cache, like those of another process."""
         return Downloads(
-            self.reactor, self.upstream, self.space, self.ingests, self.open_readers, self._download_limits
+            self.reactor,
+            self.upstream,
+            self.space,
+            self.ingests,
+            self.open_readers,
+            self._download_limits,
+            self.board.for_process(1),
         )
 
     # clients

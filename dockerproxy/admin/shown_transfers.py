@@ -1,0 +1,77 @@
+"""The downloads under way, as a viewer may see them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from itertools import groupby
+from typing import Any
+
+from attrs import frozen
+
+from dockerproxy.admin.resolver import CACHED
+from dockerproxy.admin.viewer import Viewer, label_of, private_name
+from dockerproxy.cache.board import BoardRow
+from dockerproxy.oci.docker_hub import shown_name
+
+MAX_TRANSFERS = 200
+"""Downloads that one answer names."""
+
+
+@frozen
+class BlobTransfer:
+    """A download of a blob. Each process that reads the file has one of the `rows`, the oldest of which is first."""
+
+    rows: tuple[BoardRow, ...]
+
+    @property
+    def id(self) -> str:
+        """A text that identifies the download while it lasts, and says nothing about it."""
+        return self.rows[0].id
+
+    @property
+    def done(self) -> int:
+        """The bytes that have arrived."""
+        return max(row.done for row in self.rows)
+
+    def show(
+        self, viewer: Viewer, labels: Collection[str], is_public: Callable[[str], bool], rate: int | None = None
+    ) -> dict[str, Any]:
+        """Return the download as a JSON value, at `rate` bytes a second.
+
+        `labels` are the names of registries that everybody may see. `is_public` returns whether the public may read a
+        repository, given its key.
+        """
+        label = label_of(self.rows[0].repository, labels)
+        public = {row.repository: is_public(row.repository) for row in self.rows}
+        visible = next((row for row in self.rows if viewer.may_see(CACHED, is_public=public[row.repository])), None)
+        named = None if visible is None else shown_name(visible.repository)
+        # The repository may be public, and this content of it private.
+        shows_digest = viewer.is_admin or (visible is not None and not visible.private)
+        return {
+            "id": self.id,
+            "registry": label,
+            "repository": named,
+            "name": named or private_name(label),
+            "digest": str(self.rows[0].digest) if shows_digest else None,
+            "size": next((row.size for row in self.rows if row.size is not None), None),
+            "done": self.done,
+            "rate": rate,
+            "readers": sum(row.readers for row in self.rows),
+            "started": self.rows[0].started,
+            "private": not any(public.values()),
+            "tag": None,
+            "layer": None,
+            "layers": None,
+            "platform": None,
+        }
+
+
+def blob_transfers(rows: Iterable[BoardRow]) -> list[BlobTransfer]:
+    """Return the downloads that `rows` are about, the oldest first, at most `MAX_TRANSFERS`."""
+    by_file = groupby(sorted(rows, key=lambda row: (*_file_of(row), row.started, row.id)), key=_file_of)
+    transfers = [BlobTransfer(tuple(same)) for _, same in by_file]
+    return sorted(transfers, key=lambda transfer: (transfer.rows[0].started, transfer.id))[:MAX_TRANSFERS]
+
+
+def _file_of(row: BoardRow) -> tuple[str, str]:
+    return row.repository.partition("/")[0], str(row.digest)
