@@ -6,7 +6,8 @@ PYTHON ?= python3
 TEST_PROGRAMS = dockerd=docker.io docker=docker-cli|docker.io containerd=containerd ctr=containerd skopeo=skopeo \
     docker-registry=docker-registry podman=podman buildah=buildah curl=curl gcc=gcc update-ca-certificates=ca-certificates \
     iptables=iptables perf=linux-perf nginx=nginx-light shellcheck=shellcheck busybox=busybox vagrant=vagrant \
-    faketime=faketime chromium=chromium chromedriver=chromium-driver bindfs=bindfs caddy=caddy promtool=prometheus
+    faketime=faketime chromium=chromium chromedriver=chromium-driver bindfs=bindfs caddy=caddy promtool=prometheus \
+    zsh=zsh fish=fish
 BENCH_PROGRAMS = nginx=nginx-light docker-registry=docker-registry skopeo=skopeo gcc=gcc taskset=util-linux
 # The headers for bench/load.c.
 HEADERS = [ -e /usr/include/openssl/ssl.h ] || tools/apt-install openssl-headers=libssl-dev

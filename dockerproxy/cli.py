@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dockerproxy import __version__
 from dockerproxy.control_client import FAILED, INTERRUPTED, NOT_OURS, CommandError, ControlClient
@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = _build_parser().parse_args(arguments)
+    parser = _build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for words (completions/)
+        import argcomplete
+
+        argcomplete.autocomplete(parser, always_complete_options=False)
+    options = parser.parse_args(arguments)
     terminal = Terminal(as_json=getattr(options, "json", False))
     client = ControlClient(getattr(options, "socket", None))
     try:
@@ -79,7 +84,16 @@ def _print_error(error: CommandError, as_json: bool) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows arguments and does not obey them: one may come from a list that a stranger wrote."""
+    """Shows arguments and does not obey them: one may come from a list that a stranger wrote.
+
+    The shell completes names by the daemon's lists.
+    """
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        if action.type is _name:
+            action.completer = _complete_names  # type: ignore[attr-defined]  # for argcomplete
+        return action
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -158,6 +172,12 @@ def _build_parser() -> argparse.ArgumentParser:
     add_command("reload", "config:reload", "make the daemon read its settings again, and print the result")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
+
+
+def _complete_names(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    from dockerproxy.commands.completion import complete_names
+
+    return complete_names(getattr(parsed_args, "socket", None), prefix, getattr(parsed_args, "where", None))
 
 
 def _name(text: str) -> str:

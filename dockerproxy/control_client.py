@@ -13,7 +13,8 @@ import os
 import pwd
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PROBLEMS, USAGE, NOT_RUNNING, NOT_FOUND, NOT_PERMITTED, BUSY, FAILED, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 130
@@ -25,8 +26,11 @@ _EXIT_STATUS_BY_HTTP = {400: USAGE, 404: NOT_FOUND, 409: BUSY}
 _PACKAGE_DIRECTORY = "/run/docker-registry-proxy"
 
 _CONNECT_TIMEOUT = 10.0  # seconds
-_SILENCE_TIMEOUT = 600.0  # seconds between two answers; `import` syncs the disk at its end
+_ANSWER_TIMEOUT = 20.0  # seconds for a whole answer that changes nothing; `doctor` asks registries for up to 15
+_LINE_TIMEOUT = 60.0  # seconds between two lines of a list; a file system that hangs is given up after 30
+_WORK_TIMEOUT = 600.0  # seconds without a word from work; `import` syncs the disk at its end
 _MAX_LINE = 8 * 1024 * 1024  # bytes; the daemon's longest is a result with 1000 problems
+_PART = 64 * 1024  # bytes that are read at once
 _MAX_RESPONSE = 64 * 1024 * 1024  # bytes
 
 Event = dict[str, Any]
@@ -41,60 +45,69 @@ class CommandError(Exception):
 
 
 class _UnixHTTPConnection(http.client.HTTPConnection):
-    """An HTTP connection over a UNIX socket."""
+    """An HTTP connection over a UNIX socket. It waits `patience` seconds for each part of an answer."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, patience: float) -> None:
         super().__init__("localhost")
         self._path = path
+        self.connect_timeout, self._patience = min(_CONNECT_TIMEOUT, patience), patience
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_CONNECT_TIMEOUT)
+        self.sock.settimeout(self.connect_timeout)
         self.sock.connect(self._path)
-        self.sock.settimeout(_SILENCE_TIMEOUT)
+        self.sock.settimeout(self._patience)
 
 
 class ControlClient:
-    """Client of the daemon's control API, at the socket `path` or at the first default path that exists."""
+    """Client of the daemon's control API, at the socket `path` or at the first default path that exists.
 
-    def __init__(self, path: str | None) -> None:
+    A daemon that hangs is given up after `patience` seconds. By default that depends on the request.
+    """
+
+    def __init__(self, path: str | None, *, patience: float | None = None) -> None:
         self._path = path
+        self._patience = patience
 
     def call(self, method: str, target: str, body: Any) -> Event:
         """Send a request and return the JSON object of the response. Raise `CommandError`."""
-        return _parse_event(_read(self._request(method, target, body), _MAX_RESPONSE))
+        patience = self._patience or (_ANSWER_TIMEOUT if method == "GET" else _WORK_TIMEOUT)
+        return _parse_event(_read_whole(self._request(method, target, body, patience), patience))
 
     def stream_events(self, method: str, target: str, body: Any = None) -> Iterator[Event]:
         """Send a request and yield the JSON objects of the response as they arrive. Raise `CommandError`."""
-        response = self._request(method, target, body)
-        while line := _read(response, _MAX_LINE, line=True):
+        patience = self._patience or (_LINE_TIMEOUT if method == "GET" else _WORK_TIMEOUT)
+        response = self._request(method, target, body, patience)
+        while line := _read(response.readline, _MAX_LINE + 1, patience):
+            if len(line) > _MAX_LINE:
+                raise CommandError(FAILED, NOT_OURS)
             yield _parse_event(line)
 
-    def _request(self, method: str, target: str, body: Any) -> http.client.HTTPResponse:
-        connection = self._connect()
+    def _request(self, method: str, target: str, body: Any, patience: float) -> http.client.HTTPResponse:
+        connection = self._connect(patience)
         try:
             connection.request(method, target, None if body is None else json.dumps(body))
             response = connection.getresponse()
             if response.status == 200:
                 return response
-            error = json.loads(_read(response, _MAX_RESPONSE))["error"]
+            error = json.loads(_read_whole(response, patience))["error"]
             message, suggestions = str(error["message"]), [str(name) for name in error.get("suggestions", ())]
         except TimeoutError:
-            raise CommandError(FAILED, _silence_message()) from None
+            raise CommandError(FAILED, _silence_message(patience)) from None
         except OSError:  # including http.client.RemoteDisconnected
             raise CommandError(FAILED, DISCONNECTED) from None
         except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CommandError(FAILED, NOT_OURS) from None
         raise CommandError(_EXIT_STATUS_BY_HTTP.get(response.status, FAILED), message, suggestions)
 
-    def _connect(self) -> _UnixHTTPConnection:
+    def _connect(self, patience: float) -> _UnixHTTPConnection:
         reasons = []
         for path in [self._path] if self._path else _default_socket_paths():
             reason = None if self._path else distrust_reason(path)
             if reason is not None:
                 reasons.append(f"{path} was not asked, because {reason}; give it with --socket if you trust it")
                 continue
-            connection = _UnixHTTPConnection(path)
+            connection = _UnixHTTPConnection(path, patience)
             try:
                 connection.connect()
             except FileNotFoundError:
@@ -107,7 +120,9 @@ class ControlClient:
                     NOT_RUNNING, f"docker-registry-proxy is not running: no process listens on {path}"
                 ) from None
             except TimeoutError:
-                message = f"the process that listens on {path} accepted no connection within {_CONNECT_TIMEOUT:.0f} s"
+                message = (
+                    f"the process that listens on {path} accepted no connection within {connection.connect_timeout:g} s"
+                )
                 raise CommandError(FAILED, message) from None
             except (OSError, ValueError) as error:
                 raise CommandError(
@@ -170,17 +185,27 @@ def _user_name(uid: int) -> str:
         return f"the user with ID {uid}"
 
 
-def _read(response: http.client.HTTPResponse, limit: int, *, line: bool = False) -> bytes:
-    """Return the response, or its next line. Raise `CommandError` if it is longer than `limit` bytes."""
+def _read_whole(response: http.client.HTTPResponse, patience: float) -> bytes:
+    """Return the content of the response, which has `patience` seconds to arrive. Raise `CommandError`."""
+    deadline = time.monotonic() + patience
+    parts, size = [], 0
+    while part := _read(response.read1, _PART, patience):
+        parts.append(part)
+        size += len(part)
+        if size > _MAX_RESPONSE:
+            raise CommandError(FAILED, NOT_OURS)
+        if time.monotonic() > deadline:
+            raise CommandError(FAILED, f"the daemon has not sent its whole answer in {patience:g} s; see its log")
+    return b"".join(parts)
+
+
+def _read(read: Callable[[int], bytes], size: int, patience: float) -> bytes:
     try:
-        content = response.readline(limit + 1) if line else response.read(limit + 1)
+        return read(size)
     except TimeoutError:
-        raise CommandError(FAILED, _silence_message()) from None
+        raise CommandError(FAILED, _silence_message(patience)) from None
     except (OSError, http.client.HTTPException, ValueError):
         raise CommandError(FAILED, DISCONNECTED) from None
-    if len(content) > limit:
-        raise CommandError(FAILED, NOT_OURS)
-    return content
 
 
 def _parse_event(content: bytes) -> Event:
@@ -193,8 +218,8 @@ def _parse_event(content: bytes) -> Event:
     return event
 
 
-def _silence_message() -> str:
-    return f"the daemon has sent nothing for {_SILENCE_TIMEOUT:.0f} s; see its log"
+def _silence_message(patience: float) -> str:
+    return f"the daemon has sent nothing for {patience:g} s; see its log"
 
 
 def _default_socket_paths() -> Iterator[str]:

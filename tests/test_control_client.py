@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -125,13 +126,35 @@ def test_what_is_no_socket_is_not_trusted(folder: Path) -> None:
 
 
 def test_a_silent_socket_is_given_up(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_client, "_SILENCE_TIMEOUT", 0.05)
-    with pytest.raises(CommandError, match="has sent nothing for"):
-        ControlClient(None).call("GET", "/v1/status", None)
+    for name in ("_ANSWER_TIMEOUT", "_WORK_TIMEOUT"):
+        monkeypatch.setattr(control_client, name, 0.05)
+    for method in ("GET", "POST"):
+        with pytest.raises(CommandError, match=r"has sent nothing for 0\.05 s; see its log"):
+            ControlClient(None).call(method, "/v1/status", None)
+
+
+def test_an_answer_that_drips_is_given_up(server: socket.socket) -> None:
+    """Each byte comes in time, and the answer does not end."""
+    stopped = threading.Event()
+
+    def drip() -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while not stopped.wait(0.01):
+                connection.sendall(b" ")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(CommandError, match=r"has not sent its whole answer in 0\.3 s"):
+        ControlClient(None, patience=0.3).call("GET", "/v1/status", None)
+    stopped.set()
+    thread.join()
 
 
 def test_a_silent_stream_is_given_up(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_client, "_SILENCE_TIMEOUT", 0.05)
+    monkeypatch.setattr(control_client, "_LINE_TIMEOUT", 0.5)
     answer(server, b'HTTP/1.1 200 OK\r\n\r\n{"event": "x"}\n')
     done = threading.Event()
 

@@ -48,7 +48,7 @@ ALLOWED = {
     "config_check": {"reload", "settings", "registry", "proxy", "upstream"},
     # They must start fast, and the daemon does the work. `config --check` works without one.
     "commands": {"config_check", "control_client", "durations", "terminal"},
-    "cli": {"__init__", "control_client", "durations", "terminal"},  # it loads the one command that runs, by its name
+    "cli": {"__init__", "commands", "control_client", "durations", "terminal"},  # it loads the command that runs
 }
 COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first

@@ -58,6 +58,9 @@ NAMES = Argument(_is_name_list, f"a list of 1 to {_MAX_NAMES} names")
 NAME = Argument(_is_text, f"a name of 1 to {_MAX_TEXT} characters")
 
 
+TEXT = Argument(lambda value: value == "" or _is_text(value), f"a text of at most {_MAX_TEXT} characters")
+
+
 def one_of(*choices: str) -> Argument:
     """Return an argument that is one of these texts."""
     return Argument(lambda value: isinstance(value, str) and value in choices, " or ".join(choices))

@@ -3,6 +3,7 @@
     GET  /v1/status
     GET  /v1/repositories[?match=GLOB][&where=W]  ls                      lines
     GET  /v1/repositories?name=NAME[&where=W]   ls REPO                   lines
+    GET  /v1/names[?prefix=TEXT][&where=W]      names for the shell to propose
     POST /v1/remove   {"names", "where"?, "force"?}  rm
     POST /v1/collect  {"delete_untagged"?, "dry_run"?, "grace"?, "list"?}  gc  lines
     POST /v1/import   {"directory", "force"?}   import                    lines
@@ -37,6 +38,7 @@ from dockerproxy.admin.arguments import (
     NAMES,
     PATH,
     SECONDS,
+    TEXT,
     Argument,
     InvalidArguments,
     one_of,
@@ -63,6 +65,7 @@ from dockerproxy.store.records import Records
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE, "match": NAME}
+COMPLETE = {"prefix": TEXT, "where": _STORE}
 REMOVE = {"names": NAMES, "where": _STORE, "force": FLAG}
 COLLECT = {"delete_untagged": FLAG, "dry_run": FLAG, "grace": SECONDS, "list": FLAG}
 IMPORT = {"directory": PATH, "force": FLAG}
@@ -172,6 +175,8 @@ class Control:
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
             case "GET", "/v1/budget":
                 request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())
+            case "GET", "/v1/names":
+                await self._names(request, parse_pairs(parse_query(request.query), COMPLETE))
             case "GET", "/v1/repositories":
                 await self._list(parse_pairs(parse_query(request.query), LIST), response)
             case "POST", "/v1/remove":
@@ -247,6 +252,11 @@ class Control:
                     rows = inventory.list_repositories(store, query.get("match"))
                     await stream_rows(store, "repository", rows, count_pulls)
             response.finish()
+
+    async def _names(self, request: Request, query: dict[str, str]) -> None:
+        kind = query.get("where")
+        names = await self._in_thread(kind, self._resolver.complete, query.get("prefix", ""), kind)
+        request.respond(200, JSON_FIELDS, json.dumps({"names": names}).encode())
 
     async def _in_thread(self, kind: str | None, function: Callable[..., T], *args: object) -> T:
         """Return what `function` returns, which reads the store `kind`, or both.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from attrs import field, frozen
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
-from dockerproxy.oci.docker_hub import names_host, shown_name, stored_name
+from dockerproxy.oci.docker_hub import names_host, short_name, shown_name, stored_name
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
@@ -17,6 +18,7 @@ from dockerproxy.store.links import Links
 HOSTED, CACHED = "hosted", "cached"
 
 _MAX_SUGGESTIONS = 3
+_MAX_NAMES = 200  # that a shell gets to propose
 _SHOWN = 200  # characters of an unknown name in an error
 
 
@@ -125,6 +127,35 @@ class ImageResolver:
             if not linked and not (store.kind == CACHED and store.links.has_layer(repository, digest)):
                 raise NotFound(f"{store.shown(repository)} has no manifest {digest}")
         return ImageRef(store, repository, tag, digest)
+
+    def complete(self, prefix: str, kind: str | None = None) -> list[str]:
+        """Return names that begin with `prefix`, in the store `kind` if given, for a shell to propose. Blocks.
+
+        They are repositories, or images if `prefix` names a repository and begins a tag: at most 200 of them.
+        """
+        repository, colon, tag = prefix.rpartition(":")
+        if colon and repository and "/" not in tag:
+            return [f"{repository}:{name}" for name in self._tags(repository, kind) if name.startswith(tag)][
+                :_MAX_NAMES
+            ]
+        names = (
+            (store, repository, name)
+            for store in self.stores
+            if kind in (None, store.kind)
+            for repository in sorted(store.links.repositories())
+            for name in dict.fromkeys(
+                (store.shown(repository), *([short_name(store.shown(repository))] if prefix else []))
+            )
+        )
+        found = (name for store, repository, name in names if name.startswith(prefix) and store.has_images(repository))
+        return list(islice(dict.fromkeys(found), _MAX_NAMES))
+
+    def _tags(self, path: str, kind: str | None) -> list[str]:
+        try:
+            ref = self.resolve(path, kind)
+        except (NotFound, InvalidArgument):
+            return []
+        return ref.store.links.tags(ref.repository)
 
     def _candidates(self, store: StoreView, path: str) -> Iterator[str]:
         yield path

@@ -210,3 +210,35 @@ def test_the_budget_has_the_limits_of_all_registries(tmp_path: Path, client: Any
 def test_a_handler_of_another_part_knows_the_user(client: Any) -> None:
     assert client.fetch("GET", "/v1/echo").body == b"alice at the control socket"
     assert client.fetch("POST", "/v1/echo").status == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("", ["one", "two", "quay.io/1", "quay.io/2", "docker.io/library/nginx"]),
+        ("?prefix=o", ["one"]),
+        ("?prefix=quay.io/&where=cached", ["quay.io/1", "quay.io/2"]),
+        ("?prefix=quay.io/&where=hosted", []),
+        ("?prefix=ngi", ["nginx"]),
+        ("?prefix=docker.io/l", ["docker.io/library/nginx"]),
+        ("?prefix=nginx:", ["nginx:1.29", "nginx:latest"]),
+        ("?prefix=docker.io/nginx:1", ["docker.io/nginx:1.29"]),
+        ("?prefix=absent:", []),
+        ("?prefix=:", []),
+        ("?prefix=%00", None),
+    ],
+)
+def test_names_for_the_shell(tmp_path: Path, client: Any, query: str, names: list[str] | None) -> None:
+    cache = HostedTree.from_layout(Layout(tmp_path / "cache"))
+    put_image(cache, "registry-1.docker.io/library/nginx", BOTH, "1.29", "latest")
+    response = client.fetch("GET", f"/v1/names{query}")
+    if names is None:
+        assert response.status == 400
+    else:
+        assert json.loads(response.body) == {"names": names}
+
+
+def test_the_number_of_names_has_a_bound(tmp_path: Path, client: Any) -> None:
+    cache = HostedTree.from_layout(Layout(tmp_path / "cache"))
+    put_image(cache, "quay.io/1", BOTH, *(f"t{number}" for number in range(300)))
+    assert len(json.loads(client.fetch("GET", "/v1/names?prefix=quay.io/1:t").body)["names"]) == 200
