@@ -76,6 +76,7 @@ from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.store.uploads import UploadLimits
 from dockerproxy.store.write_probe import WriteProbe
 from dockerproxy.thread_pool import DISK_THREADS, PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
@@ -125,6 +126,7 @@ class SharedServices:
     report_login: OnLoginChanged
     logins: LoginProvider
     silent_servers: SilentServers
+    tombstones: Tombstones
     board: Board
     board_part: BoardPart
     overview: Overview
@@ -487,6 +489,7 @@ def build_cache(
         bindings=shared.bindings,
         locks=shared.locks,
         parser=parser,
+        tombstones=shared.tombstones,
         multi_process=shared.multi_process,
         upstream=MeteredClient(
             UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
@@ -656,6 +659,8 @@ async def handle_metrics(
             "cache_limit_bytes": limit,
             "certificate_expiry_timestamp_seconds": authority.expires_at,
         }
+        if (idle := shared.tombstones.last_idle) is not None:
+            measured["cache_evicted_idle_seconds"] = idle
         disks = {"cached": await in_thread(reactor, os.statvfs, shared.state.cache.root)}
         hosted = Deferred.fromCoroutine(registry_disk.read(os.statvfs, shared.state.registry.root))
         with suppress(OSError, RegistryError, TimeoutError):  # it may be on a server that does not answer

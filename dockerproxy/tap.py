@@ -58,6 +58,7 @@ from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.store.tombstones import Tombstones, TombstoneService
 from dockerproxy.terminal import format_size
 from dockerproxy.upstream.credential_helper import CredentialHelpers
 from dockerproxy.upstream.login_provider import LocalLoginProvider
@@ -117,12 +118,14 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     metrics = Metrics.make(settings.workers, map(registry_label, settings.intercepted))
-    cache_space = build_cache_space(reactor, settings, state, metrics.count_evictions)
+    tombstones, tombstone_file = Tombstones(), str(settings.state_dir / "history/evicted")
+    tombstones.load(tombstone_file)
+    cache_space = build_cache_space(reactor, settings, state, tombstones, metrics.count_evictions)
     helpers = CredentialHelpers(reactor, configuration.variables)
     logins = LocalLoginProvider(helpers.run, reactor.seconds)
     reactor.callWhenRunning(configure_provider, logins, configuration)
     shared_state, bindings = SharedState(cache_space, EndedLogins(time.time), logins), Bindings()
-    forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics)
+    forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
@@ -132,6 +135,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
     overview = build_overview(reactor, settings, state, server, shared, history)
+    overview.sources.idle_age = tombstones.get_last_idle
     overview.sources.problems = partial(describe_outages, registry_states)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
@@ -151,6 +155,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
+        TombstoneService(reactor, tombstones, tombstone_file),
         server.gauge_service(),
         HistoryService(reactor, history),
         upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
@@ -339,7 +344,11 @@ class DaemonService(MultiService):
 
 
 def build_cache_space(
-    reactor: Any, settings: Settings, state: StateDirectory, on_evicted: Callable[[str, int], None]
+    reactor: Any,
+    settings: Settings,
+    state: StateDirectory,
+    tombstones: Tombstones,
+    on_evicted: Callable[[str, int], None],
 ) -> CacheSpaceManager:
     """Build the manager of the cache's disk space in CACHE_DIR."""
     return CacheSpaceManager(
@@ -350,7 +359,8 @@ def build_cache_space(
         max_blob_size=settings.max_blob_size,
         inactive=settings.cache_inactive,
         clock=time.time,
-        janitor=Janitor(state.cache, state.open_records(), time.time),
+        janitor=Janitor(state.cache, state.open_records(), time.time, tombstones),
+        tombstones=tombstones,
         on_evicted=on_evicted,
     )
 

@@ -51,6 +51,7 @@ from dockerproxy.oci.ranges import parse_content_range
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.content_coding import content_codings
 from dockerproxy.upstream.credentials import ClientCredential
 from dockerproxy.upstream.refusals import is_page
@@ -76,6 +77,7 @@ class CachedBlobs:
         space: CacheSpace,
         open_readers: OpenReaders,
         possession: PossessionCheck,
+        tombstones: Tombstones,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -86,6 +88,7 @@ class CachedBlobs:
         self._space = space
         self._open_readers = open_readers
         self._possession = possession
+        self._tombstones = tombstones
         self._confirmations: SingleFlight[tuple[object, ...], bool] = SingleFlight(cancel_abandoned=True)
         self._access_checks: SingleFlight[tuple[object, ...], int | None] = SingleFlight(cancel_abandoned=True)
 
@@ -108,7 +111,8 @@ class CachedBlobs:
         The size is upstream's word, unless the repository has sent the blob. Upstream must not learn from the question
         whether the cache has a blob of another registry.
         """
-        if self._visibility(principal, digest) is not None and self._blobs.exists(digest):
+        visibility = self._visibility(principal, digest)
+        if visibility is not None and self._blobs.exists(digest):
             response = await self.get(principal, digest)
             if response.content is not None:
                 response.content.close()
@@ -116,7 +120,7 @@ class CachedBlobs:
         size = await self._access_checks.do(
             (principal.repository.key, principal.identity, digest, "HEAD"), lambda: self._ask_size(principal, digest)
         )
-        return BlobResponse(digest, size, None, "MISS", "new")
+        return BlobResponse(digest, size, None, "MISS", self._describe_miss(principal, digest, visibility))
 
     async def _find(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse | None:
         """Return the blob; None if the caller should try again.
@@ -160,13 +164,13 @@ class CachedBlobs:
         # decides for this client.
         if granted or download.serves(principal, GRANT_TTL):
             is_foreign = download.state is DownloadState.FOLLOWING
-            return self._open_reader(download, principal, "JOINED" if is_foreign else cache_status)
+            return self._open_reader(download, principal, "JOINED" if is_foreign else cache_status, visibility)
         await download.wait_size()
         if download.size is None:
             return None
         check = partial(self._ask_access, download=download)
         status, because = await self._authorize(principal, visibility, check)
-        response = self._open_reader(download, principal, "JOINED")
+        response = self._open_reader(download, principal, "JOINED", visibility)
         # The check was about the bytes of this download. The store may have those of another registry.
         if response is None and download.verified:
             return self._open_stored(download.digest, status, because)
@@ -212,13 +216,18 @@ class CachedBlobs:
         )
 
     def _open_reader(
-        self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str
+        self, download: BlobDownload, principal: UpstreamPrincipal, cache_status: str, visibility: Visibility | None
     ) -> BlobResponse | None:
         content = download.open_reader(principal.repository, principal.client)
         if content is None:
             return None
-        because = "new" if cache_status == "MISS" else ""
+        because = self._describe_miss(principal, download.digest, visibility) if cache_status == "MISS" else ""
         return BlobResponse(download.digest, download.size, content, cache_status, because)
+
+    def _describe_miss(self, principal: UpstreamPrincipal, digest: Digest, visibility: Visibility | None) -> str:
+        """Return why the blob is not here: ``new``, or ``evicted DATE IDLE``."""
+        key, is_linked = principal.repository.key, visibility is not None
+        return str(self._tombstones.find_in(key, digest, is_linked=is_linked) or "new")
 
     async def _wait_for_download(self, principal: UpstreamPrincipal, digest: Digest) -> BlobDownload | None:
         """Return the active download from the principal's registry as soon as it has started; None if there is none.

@@ -32,6 +32,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.records import Records
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.shared_logins import SharedLogins
 
@@ -56,6 +57,7 @@ class CacheServices:
     bindings: Bindings
     locks: KeyedLock
     parser: ContentParser
+    tombstones: Tombstones
     multi_process: bool
     upstream: RegistryClient
     agent: UpstreamAgent
@@ -127,6 +129,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         rate_limits,
         services.locks,
         services.parser,
+        services.tombstones,
         clock=clock,
         on_stored=record_manifest,
         on_used=space.touch,
@@ -142,7 +145,9 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         TokenEndpoint(agent, identities, records, address_check_for, clock),
         manifests,
         companions,
-        CachedBlobs(reactor, upstream, blobs, links, downloads, access, space, open_readers, possession),
+        CachedBlobs(
+            reactor, upstream, blobs, links, downloads, access, space, open_readers, possession, services.tombstones
+        ),
         services.parser,
         policy.registries,
         policy.logins,

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from dockerproxy.cache.access import DENIAL, GRANT, STALE_GRANT_TTL
 from dockerproxy.cache.companions import companion_base
@@ -25,6 +25,7 @@ from dockerproxy.store.ingest import ingests_of
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import LinkEntry, Links, iter_repositories
 from dockerproxy.store.records import RecordEntry, Records
+from dockerproxy.store.tombstones import Tombstones
 
 GRACE = 3600.0
 """Seconds for which links and records stay after their last use, even if nothing needs them. The blob of a link may be
@@ -129,12 +130,18 @@ def divide_excess(counts: Mapping[str, int], excess: int) -> dict[str, int]:
 
 
 class Janitor:
-    """The janitor of the cache in `layout` and `records`. `clock` returns POSIX time."""
+    """The janitor of the cache in `layout` and `records`. `clock` returns POSIX time.
 
-    def __init__(self, layout: Layout, records: Records, clock: Callable[[], float]) -> None:
+    `tombstones` get the links to layers and manifests that it removes because their blob is gone.
+    """
+
+    def __init__(
+        self, layout: Layout, records: Records, clock: Callable[[], float], tombstones: Tombstones | None = None
+    ) -> None:
         self._layout = layout
         self._records = records
         self._clock = clock
+        self._tombstones = tombstones or Tombstones()
         self._blobs = Blobs(layout, durable=False)
         self._links = Links(layout, durable=False)
         self.inodes = 0
@@ -206,13 +213,24 @@ class Janitor:
 
     def _links_of(self, repository: str, now: float) -> Iterator[_Item | _Directories]:
         for entry in self._links.layer_entries(repository):
-            yield self._link(repository, entry, _LAYER_INODES, now, partial(self._is_present, entry.digest))
+            yield self._content_link(repository, entry, _LAYER_INODES, now)
         for entry in self._links.manifest_entries(repository):
-            yield self._link(repository, entry, _MANIFEST_INODES, now, partial(self._is_present, entry.digest))
+            yield self._content_link(repository, entry, _MANIFEST_INODES, now)
         for entry in self._links.tag_entries(repository):
             yield self._link(repository, entry, _TAG_INODES, now, partial(self._has_manifest, repository, entry.digest))
         for _ in self._links.prune_tag_index(repository, _Unlinked(self._links, repository)):
             yield _Directories(_TAG_INDEX_INODES, _host(repository))
+
+    def _content_link(self, repository: str, entry: LinkEntry, inodes: int, now: float) -> _Item:
+        item = self._link(repository, entry, inodes, now, partial(self._is_present, entry.digest))
+
+        def discard() -> bool:
+            is_removed = item.discard()
+            if is_removed and entry.digest is not None:
+                self._tombstones.note_unlinked(repository, entry.digest)
+            return is_removed
+
+        return evolve(item, discard=discard)
 
     def _link(self, repository: str, entry: LinkEntry, inodes: int, now: float, is_needed: Callable[[], bool]) -> _Item:
         return _Item(

@@ -60,6 +60,7 @@ from dockerproxy.oci.names import Digest, Reference, Tag
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.links import Links, Visibility
 from dockerproxy.store.records import Records
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.content_coding import content_codings
 from dockerproxy.upstream.refusals import is_page
@@ -133,6 +134,7 @@ class CachedManifests:
         rate_limits: RateLimits,
         lock: KeyedLock,
         parser: ContentParser,
+        tombstones: Tombstones,
         *,
         clock: Callable[[], float],
         on_stored: Callable[[Digest, int, str, str], None],
@@ -149,6 +151,7 @@ class CachedManifests:
         self._rate_limits = rate_limits
         self._lock = lock
         self._parser = parser
+        self._tombstones = tombstones
         self._clock = clock
         self._on_stored = on_stored
         self._on_used = on_used
@@ -171,13 +174,14 @@ class CachedManifests:
         loaded = await self._load(principal.repository.key, digest)
         if loaded is not None and self._is_granted(principal, loaded.public):
             return loaded.manifest
+        because = self._describe_miss(principal, digest, "new")  # before a response makes the link
         try:
             if loaded is not None or head:
                 head_result = await self._request("HEAD", principal, digest, accept)
                 if loaded is not None:
                     return evolve(_mark_revalidated(loaded.manifest, head_result), because="unchanged")
-                return evolve(head_result, because="new")
-            return evolve(await self._request("GET", principal, digest, accept), because="new")
+                return evolve(head_result, because=because)
+            return evolve(await self._request("GET", principal, digest, accept), because=because)
         except RegistryError as error:
             if loaded is None or not is_outage(error):
                 raise
@@ -194,7 +198,7 @@ class CachedManifests:
     ) -> ManifestResponse:
         key = principal.repository.key
         media_types = accept_set(accept)
-        stored_manifest = None
+        stored_manifest = evicted_digest = None
         entries = self._tag_entries(key, tag)
         for entry in entries:
             if entry.accept == accept_key(media_types):
@@ -203,11 +207,20 @@ class CachedManifests:
                     return loaded.manifest
                 if loaded is not None:
                     stored_manifest = stored_manifest or loaded.manifest
+                elif not entry.claimed:
+                    evicted_digest = evicted_digest or entry.digest
         try:
             current = await self._revalidate(
                 principal, tag, accept, stored_manifest, head_first=head or bool(entries), head=head
             )
-            return evolve(current, because=_describe_change(stored_manifest, current, is_known=bool(entries)))
+            because = _describe_change(stored_manifest, current, is_known=bool(entries))
+            if current.cache_status == "MISS" and evicted_digest is not None:
+                # Both are in a record of this tag, so the repository may know of them.
+                if evicted_digest == current.digest:
+                    because = self._describe_miss(principal, current.digest, because)
+                else:
+                    because = _describe_move(evicted_digest, current.digest)
+            return evolve(current, because=because)
         except RegistryError as error:
             if not is_outage(error):
                 raise
@@ -216,6 +229,12 @@ class CachedManifests:
                 self._companions.check_absence(principal, tag, error)
                 raise
             return stale
+
+    def _describe_miss(self, principal: UpstreamPrincipal, digest: Digest, otherwise: str) -> str:
+        """Return ``evicted DATE IDLE`` if that is why the manifest is not here, else `otherwise`."""
+        key = principal.repository.key
+        is_linked = self._links.has_manifest(key, digest)
+        return str(self._tombstones.find_in(key, digest, is_linked=is_linked) or otherwise)
 
     def _is_fresh(self, principal: UpstreamPrincipal, tag: Tag, entry: TagEntry, loaded: _Loaded) -> bool:
         is_fresh = self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
@@ -612,7 +631,11 @@ def _describe_change(stored: ManifestResponse | None, current: ManifestResponse,
         return "accept" if is_known else "new"
     if current.digest == stored.digest:
         return "unchanged"
-    return f"moved {_abbreviate(stored.digest)} {_abbreviate(current.digest)}"
+    return _describe_move(stored.digest, current.digest)
+
+
+def _describe_move(old: Digest, new: Digest) -> str:
+    return f"moved {_abbreviate(old)} {_abbreviate(new)}"
 
 
 def _abbreviate(digest: Digest) -> str:

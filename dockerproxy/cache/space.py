@@ -26,6 +26,7 @@ from dockerproxy.store.ingest import Ingest, ingests_of, remove_ingests_without_
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.lru_index import CacheFull, LRUIndex, Rescan
 from dockerproxy.store.progress import Stopped
+from dockerproxy.store.tombstones import Tombstones
 
 MAINTENANCE_INTERVAL = 600.0
 """Seconds between two rounds of maintenance, which expires blobs and rescans the disk."""
@@ -170,7 +171,8 @@ class CacheSpaceManager(CacheSpace):
 
     `store.eviction` decides which are evicted then: blobs that were used once before those that were used again.
 
-    `on_evicted` is called with the reason, ``room`` or ``inactive``, and the number of blobs and partial downloads.
+    `tombstones` get the blobs that are evicted, with the time since the last use that their files show. `on_evicted` is
+    called with the reason, ``room`` or ``inactive``, and the number of blobs and partial downloads.
 
     Links and records count as well. The janitor keeps them within their part of the limit; if there are more between
     two of its walks, they do not take the space of blobs.
@@ -189,10 +191,12 @@ class CacheSpaceManager(CacheSpace):
         janitor: Janitor,
         blob_cost: int = BLOB_COST,
         cooperative_thread: CooperativeThread | None = None,
+        tombstones: Tombstones | None = None,
         on_evicted: Callable[[str, int], None] | None = None,
     ) -> None:
         self._reactor = reactor
         self._on_evicted = on_evicted or _ignore_evictions
+        self._tombstones = tombstones or Tombstones()
         self._cooperative_thread = cooperative_thread or CooperativeThread(reactor)
         self._layout = layout
         self._blobs = blobs
@@ -500,11 +504,22 @@ class CacheSpaceManager(CacheSpace):
 
     async def _evict(self, keys: list[CacheKey], reason: str = "room") -> None:
         self._on_evicted(reason, len(keys))
-        await self._remove(keys)
+        if keys:
+            log.info("evicting {count} blobs", count=len(keys))
+            await in_thread(self._reactor, self._evict_all, keys, reason)
+
+    def _evict_all(self, keys: list[CacheKey], reason: str) -> None:
+        now, evicted = self._clock(), []
+        for key in keys:
+            if isinstance(key, Digest):
+                with suppress(OSError):
+                    evicted.append((key, now - os.stat(self._layout.blob(key)).st_mtime))
+        # First the tombstone: a request that misses the blob finds it.
+        self._tombstones.note_evicted(evicted, now, made_room=reason == "room")
+        self._remove_all(keys)
 
     async def _remove(self, keys: list[CacheKey]) -> None:
         if keys:
-            log.info("evicting {count} blobs", count=len(keys))
             await in_thread(self._reactor, self._remove_all, keys)
 
     def _remove_all(self, keys: list[CacheKey]) -> None:

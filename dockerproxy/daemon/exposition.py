@@ -23,6 +23,7 @@ from dockerproxy.daemon.metrics import BUCKETS, GLOBAL_FAMILIES, REGISTRY_FAMILI
 _MEASURED = {
     "cache_bytes": "Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.",
     "cache_limit_bytes": "Maximum bytes of the cache (CACHE_MAX_SIZE).",
+    "cache_evicted_idle_seconds": "Seconds for which the last blob that was evicted to make room had not been used.",
     "certificate_expiry_timestamp_seconds": "The end of the CA's certificate, in POSIX time.",
 }
 

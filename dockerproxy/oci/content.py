@@ -52,8 +52,8 @@ class Content(Protocol):
 class BlobResponse:
     """A blob to send. The receiver closes `content`. It may be None if only the head was requested.
 
-    `because` says why it is no HIT: ``new`` (it was not here), ``unproven`` (upstream was asked whether this client may
-    have it), or the sentence of the error for which it is STALE.
+    `because` says why it is no HIT: ``new`` (it was not here), ``evicted DATE IDLE`` (it was), ``unproven`` (upstream
+    was asked whether this client may have it), or the sentence of the error for which it is STALE.
     """
 
     digest: Digest
@@ -68,8 +68,8 @@ class ManifestResponse:
     """A manifest to send. `content` may be None if only the head was requested.
 
     `rate_limit_fields` are those of upstream's response to this request, with names in lower case. `because` says why
-    it is no HIT: ``new`` (it was not here), ``unchanged``, ``moved OLD NEW`` (the tag), ``accept`` (the tag was not
-    known for these media types), or the sentence of the error for which it is STALE.
+    it is no HIT: ``new`` (it was not here), ``evicted DATE IDLE`` (it was), ``unchanged``, ``moved OLD NEW`` (the tag),
+    ``accept`` (the tag was not known for these media types), or the sentence of the error for which it is STALE.
     """
 
     digest: Digest

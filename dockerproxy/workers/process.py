@@ -28,6 +28,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.workers.connection_table import connection_limit
 from dockerproxy.workers.coordinator import Coordinator
@@ -53,6 +54,7 @@ class ForkedState:
     certificates: Certificates
     scoreboard: Scoreboard
     metrics: Metrics
+    tombstones: Tombstones
     board: Board
 
     @classmethod
@@ -63,12 +65,13 @@ class ForkedState:
         state: StateDirectory,
         certificates: Certificates,
         metrics: Metrics,
+        tombstones: Tombstones,
     ) -> ForkedState:
         """Return the state with shared memory for all processes, which must be forked from this one afterwards."""
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
         board = Board.make(processes)
-        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics, board)
+        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics, tombstones, board)
 
     def shared_services(
         self, number: int, coordinator: Coordinator, bindings: Bindings, silent_servers: SilentServers
@@ -81,6 +84,7 @@ class ForkedState:
             coordinator.report_login,
             coordinator,
             silent_servers,
+            self.tombstones,
             self.board,
             self.board.for_process(number),
             Overview(coordinator.get_overview),

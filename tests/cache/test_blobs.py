@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -172,6 +173,44 @@ def test_evicted_blob_is_fetched_again(harness: CacheHarness) -> None:
     harness.fetch(DIGEST)
     harness.blobs.remove(DIGEST)
     assert harness.fetch(DIGEST) == ("MISS", DATA)
+
+
+def evict(harness: CacheHarness, *digests: Digest) -> None:
+    """Evict all blobs as the space manager does, 43 days after their last use."""
+    harness.advance(1)  # a download that has just ended releases its space
+    last_used = harness.now() - 43 * 86400
+    for digest in digests:
+        os.utime(harness.layout.blob(digest), (last_used, last_used))
+    harness.space.index.limit = harness.space.index.overhead + 1
+    harness.run(harness.space.record(Digest.of(b"what they make room for"), 1, "", ""))
+    harness.space.index.limit = 1 << 20
+    assert not any(map(harness.blobs.exists, digests))
+
+
+def test_a_miss_says_that_the_blob_was_evicted(harness: CacheHarness) -> None:
+    harness.fetch(DIGEST)
+    evict(harness, DIGEST)
+    assert harness.tombstones.last_idle == 43 * 86400
+    for _ in range(2):  # again after the janitor has removed the link
+        response = harness.run(harness.blob(DIGEST))
+        date = time.strftime("%Y-%m-%d", time.gmtime(harness.now()))
+        assert (response.cache_status, response.because) == ("MISS", f"evicted {date} 43d")
+        harness.run(read_all(response.content))
+        response.content.close()
+        evict(harness, DIGEST)
+        harness.run(harness.space.clean())
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_repository_without_the_blob_learns_nothing_of_its_eviction(harness: CacheHarness, head: bool) -> None:
+    """Its owner would find out what others have pulled."""
+    harness.fetch(DIGEST)
+    evict(harness, DIGEST)
+    harness.upstream.repository(f"{OTHER}/{COPY}").put_blob(DATA)
+    response = harness.run(harness.blob(DIGEST, COPY, registry=OTHER, head=head))
+    assert (response.cache_status, response.because) == ("MISS", "new")
+    if response.content is not None:
+        response.content.close()
 
 
 def test_eviction_between_check_and_open(harness: CacheHarness) -> None:

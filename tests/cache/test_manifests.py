@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -956,6 +957,25 @@ def test_evicted_manifest(harness: CacheHarness) -> None:
     harness.blobs.remove(Digest.of(ONE))
     for reference in ("1", Digest.of(ONE)):
         assert result_of(harness.run(harness.manifest(reference)))[1] == ONE
+
+
+@pytest.mark.parametrize("reference", ["1", str(Digest.of(ONE))])
+def test_a_miss_says_that_the_manifest_was_evicted(harness: CacheHarness, reference: str) -> None:
+    harness.run(harness.manifest("1"))
+    harness.tombstones.note_evicted([(Digest.of(ONE), 86400.0)], harness.now(), made_room=True)
+    harness.blobs.remove(Digest.of(ONE))
+    response = harness.run(harness.manifest(reference))
+    date = time.strftime("%Y-%m-%d", time.gmtime(harness.now()))
+    assert (response.cache_status, response.because) == ("MISS", f"evicted {date} 1d")
+
+
+def test_a_tag_that_moved_after_its_manifest_was_evicted(harness: CacheHarness) -> None:
+    harness.run(harness.manifest("1"))
+    harness.tombstones.note_evicted([(Digest.of(ONE), 86400.0)], harness.now(), made_room=True)
+    harness.blobs.remove(Digest.of(ONE))
+    app_repository(harness).put_manifest(TWO, "1")
+    response = harness.run(harness.manifest("1"))
+    assert response.because == f"moved {str(Digest.of(ONE))[:19]} {str(Digest.of(TWO))[:19]}"
 
 
 # several processes

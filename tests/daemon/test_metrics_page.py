@@ -19,6 +19,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Registry
 from dockerproxy.shares import ClientShares
 from dockerproxy.store.records import Records
+from dockerproxy.store.tombstones import Tombstones
 from tests.store.support.reactor import SteppedReactor
 
 
@@ -64,7 +65,8 @@ class Page:
     def get(self, request: FakeRequest) -> list[Any]:
         store = SimpleNamespace(root=self.root)
         state = SimpleNamespace(cache=store, registry=store, open_records=lambda: self.records)
-        shared: Any = SimpleNamespace(cache_space=FakeSpace(), state=state, metrics=Metrics.make(1, ["quay.io"]))
+        metrics, tombstones = Metrics.make(1, ["quay.io"]), Tombstones()
+        shared: Any = SimpleNamespace(cache_space=FakeSpace(), state=state, metrics=metrics, tombstones=tombstones)
         authority: Any = SimpleNamespace(expires_at=1.0)
         disk: Any = self.disk
         outcomes: list[Any] = []

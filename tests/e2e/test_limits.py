@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -101,6 +102,11 @@ def test_evicted_layer_is_fetched_again(upstreams: Upstreams, start_daemon: Star
         for blob in image.blobs:
             assert daemon.client.get(f"{FAKE}/v2/evicted/blobs/{blob.digest}").body == blob.data
         daemon.client.get(put_blob_and_get_url(upstreams, "evicted", 3 * MIB, "other"))
+    misses = [line.because for line in daemon.access_log() if image.layers[0].digest in line.target]
+    assert misses[0] == "new" and re.fullmatch(r"evicted \d{4}-\d\d-\d\d \d+[sm]", misses[1])
+    daemon.restart()
+    layer_url = f"{FAKE}/v2/evicted/blobs/{image.layers[0].digest}"
+    assert re.fullmatch(r"evicted .*[sm]", daemon.client.get(layer_url).headers["x-cache-because"])
 
 
 def test_inactive_blob_is_evicted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:

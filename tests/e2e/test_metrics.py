@@ -110,6 +110,7 @@ def test_evictions_are_counted(upstreams: Upstreams, start_daemon: StartDaemon) 
         digest = upstreams.fake.put_blob("metrics/evicted", images.random_bytes(3 * MIB, f"evicted {number}"))
         assert daemon.client.get(f"{FAKE}/v2/metrics/evicted/blobs/{digest}").status == 200
     wait_until(lambda: scrape(daemon)['cache_evictions_total{reason="room"}'] == 2, "two blobs are evicted")
+    assert 0 <= scrape(daemon)["cache_evicted_idle_seconds"] < 3600
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

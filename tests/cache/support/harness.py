@@ -31,6 +31,7 @@ from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.records import Records
+from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from dockerproxy.upstream.login_provider import ProvidedLogin
 from dockerproxy.upstream.shared_logins import SharedLogins
@@ -136,6 +137,7 @@ class CacheHarness:
         counter = FileCounter(reactor, lambda count: self.space.record_files(count))
         self.records = Records(root / "records", on_create=counter.add)
         self.lock = lock or LocalKeyedLock()
+        self.tombstones = Tombstones()
         # Nothing else runs that its pauses could be for.
         restless = CooperativeThread(reactor, clock=lambda: 0.0)
         self.space = CacheSpaceManager(
@@ -146,7 +148,8 @@ class CacheHarness:
             max_blob_size=limit if max_blob_size is None else max_blob_size,
             inactive=inactive,
             clock=self.now,
-            janitor=Janitor(self.layout, Records(root / "records"), self.now),
+            janitor=Janitor(self.layout, Records(root / "records"), self.now, self.tombstones),
+            tombstones=self.tombstones,
             blob_cost=blob_cost,
             cooperative_thread=restless,
         )
@@ -166,6 +169,7 @@ class CacheHarness:
             bindings=Bindings(),
             locks=self.lock,
             parser=make_parser(reactor),
+            tombstones=self.tombstones,
             multi_process=shared,
             upstream=self.upstream,
             agent=self.agent,
