@@ -199,13 +199,16 @@ class History:
     def __init__(self, directory: str, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._directory = directory
         self._metrics = metrics
-        self._clock = clock
+        self._wall_clock = clock
         self._lock = threading.Lock()
         self._last: dict[str, Numbers] = {}  # the counters at the last sample
         self._current: dict[tuple[str, str], tuple[int, Numbers]] = {}  # the rows in progress, by ring and registry
         self._named: set[str] = set()  # registries that have files
         self._warned_at: float | None = None
         self._sums: dict[str, tuple[float, Mapping[str, Numbers]]] = {}  # by range, with their times
+
+    def _clock(self) -> float:
+        return max(0.0, self._wall_clock())  # a machine without a clock of its own may begin before 1970
 
     def sample(self) -> None:
         """Add to the rings what the counters have grown by since the last call. Never raise OSError."""

@@ -1,0 +1,541 @@
+"""The documents of the overview, and above all: what a viewer without a login cannot find out by any of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dockerproxy.admin.overview import LocalOverview, Overview, OverviewError
+from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
+from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery
+from dockerproxy.admin.viewer import Viewer, label_of
+from dockerproxy.cache.access import Access
+from dockerproxy.cache.board import Board
+from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.daemon.history import History
+from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.errors import BadRequest, NameUnknown, RegistryError
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.disk_access import LocalDisk
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.links import Links, Visibility
+from dockerproxy.store.records import Records
+from tests.store.support.images import ManifestTree, image, index, put_image
+from tests.store.support.reactor import SteppedReactor
+
+T = TypeVar("T")
+
+HUB = "registry-1.docker.io"
+ADMIN, ANONYMOUS, USER = Viewer.administrator("root"), Viewer(), Viewer("alice", reads_hosted=True)
+GUEST = Viewer(reads_hosted=True)
+SECRET = "secretproject"
+DOCUMENTS = ["overview", "registries", "traffic", "transfers", "budget", "images", "status"]
+
+
+def platform_image(architecture: str, *layers: bytes) -> ManifestTree:
+    return image(json.dumps({"os": "linux", "architecture": architecture}).encode(), *layers)
+
+
+class World:
+    """Both stores in `folder`, and the overview of a daemon that has them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reactor = SteppedReactor()
+        self.cache = HostedTree.from_layout(Layout(folder / "cache"))
+        self.hosted = HostedTree.from_layout(Layout(folder / "registry"))
+        self.records = Records(folder / "cache" / "records")
+        self.access = Access(self.records, time.time)
+        self.metrics = Metrics.make(2, ["docker.io", "ghcr.io"]).for_process(0)
+        self.board = Board.make(2)
+        self.history = History(str(folder / "history"), self.metrics, time.time)
+        stores = [StoreView(CACHED, self.cache.layout), StoreView(HOSTED, self.hosted.layout)]
+        disk = LocalDisk(self.reactor)
+        self.summaries = Summaries(self.reactor, stores, disk, self.records)
+        self.local = LocalOverview(
+            self.reactor, self.metrics, self.board, self.history, self.summaries, stores, self.records, disk,
+            self._usage, time.time, version="1.2.3", workers=2,
+        )  # fmt: skip
+        self.local.sources.budget = self._budget
+        self.local.sources.status = self._status
+        self.overview = Overview(self.local.answer)
+
+    async def _usage(self) -> tuple[int, int]:
+        return 212, 256
+
+    async def _budget(self) -> dict[str, Any]:
+        limit = {"limit": 100, "remaining": 34, "refused_until": 0.0, "source": "203.0.113.7", "top": [SECRET]}
+        return {"limits": [{"registry": name, **limit} for name in ("docker.io", f"{SECRET}.example")]}
+
+    async def _status(self) -> dict[str, Any]:
+        return {"operation": SECRET, "version": "1.2.3"}
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.reactor.run(work)
+
+    def get(self, resource: str, viewer: Viewer = ADMIN, **arguments: str) -> dict[str, Any]:
+        return self.run(self.overview.get(resource, viewer, arguments))
+
+    def put_cached(self, name: str, manifest: ManifestTree, *tags: str, public: bool = True) -> None:
+        """Store an image of `name`, with a host, as a pull without a credential does, or one with a login."""
+        put_image(self.cache, name, manifest, *tags)
+        if public:
+            self.access.record_grant(name, PUBLIC, time.time() - 5)
+        else:
+            self.make_private(name, manifest)
+            self.access.record_grant(name, "own:1234", time.time() - 5)
+        for tag in tags:
+            self.note_tag(name, tag, manifest, public=public)
+
+    def note_tag(self, name: str, tag: str, manifest: ManifestTree, *, public: bool) -> None:
+        entry = {"digest": str(manifest.digest), "type": manifest.media_type, "checked": 1_750_000_000.0}
+        known = dict(self.records.get("tag", name, tag) or {})
+        self.records.put({**known, ("" if public else "private ") + "accept": entry}, "tag", name, tag)
+
+    def make_private(self, name: str, manifest: ManifestTree) -> None:
+        for part in manifest.walk():
+            self.cache.links.unlink_manifest(name, part.digest)
+            self.cache.links.link_manifest(name, part.digest, part.media_type, Visibility.PRIVATE)
+
+    def walk(self) -> None:
+        self.run(self.local.renew())
+
+    def set_rows(self, rows: list[RepositorySummary]) -> None:
+        """Make a walk have found these cached repositories, and none follow."""
+        self.summaries._rows[CACHED] = {row.key: row for row in rows}
+        self.local._next_renewal = math.inf
+
+    def names(self, viewer: Viewer = ADMIN, **arguments: str) -> list[str]:
+        return [row["name"] for row in self.get("images", viewer, **arguments)["images"]]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+NGINX = platform_image("amd64", b"nginx")
+PRIVATE = platform_image("arm64", b"private")
+
+
+def fill(world: World) -> None:
+    """Put a public, a private and a hosted image into the stores, with a download of each kind."""
+    world.put_cached(f"{HUB}/library/nginx", NGINX, "1.29")
+    world.put_cached(f"ghcr.io/{SECRET}/app", PRIVATE, SECRET, public=False)
+    put_image(world.hosted, "platform/base", platform_image("amd64", b"hosted"), "v1")
+    part = world.board.for_process(1)
+    part.add(f"{HUB}/library/nginx", Digest.of(b"nginx layer"), 10, private=False)
+    part.add(f"ghcr.io/{SECRET}/app", Digest.of(b"private layer"), 10, private=True)
+    part.add(f"{SECRET}.example/team/app", Digest.of(b"wildcard layer"), 10, private=True)
+    world.metrics.count_request("docker.io", "blob", "HIT", 200, 1000, 0.1)
+    world.history.sample()
+    world.walk()
+
+
+# who sees what
+
+
+def test_an_anonymous_viewer_finds_no_private_name_in_any_document(world: World) -> None:
+    fill(world)
+    hidden = [SECRET, "203.0.113.7", str(PRIVATE.digest), str(Digest.of(b"private layer")), "platform/base"]
+    for resource in DOCUMENTS:
+        text = json.dumps(world.get(resource, ANONYMOUS))
+        assert not [name for name in hidden if name in text], resource
+    for name in (f"ghcr.io/{SECRET}/app", "platform/base"):
+        for resource in ("image", "manifest"):
+            with pytest.raises(RegistryError) as denied:
+                world.get(resource, ANONYMOUS, name=name, digest=str(PRIVATE.digest))
+            with pytest.raises(RegistryError) as unknown:
+                world.get(resource, ANONYMOUS, name="x" * len(name), digest=str(PRIVATE.digest))
+            assert denied.value.message.replace(name, "") == unknown.value.message.replace("x" * len(name), "")
+            assert (denied.value.status, denied.value.code) == (unknown.value.status, unknown.value.code)
+    assert world.get("images", ANONYMOUS, q=SECRET)["count"] == 0
+    assert world.get("overview", ANONYMOUS)["repositories"]["count"] == 1
+
+
+def test_an_administrator_sees_everything(world: World) -> None:
+    fill(world)
+    assert set(world.names()) == {"docker.io/library/nginx", f"ghcr.io/{SECRET}/app", "platform/base"}
+    rows = {row["name"]: row for row in world.get("images")["images"]}
+    assert rows[f"ghcr.io/{SECRET}/app"]["private"] is True
+    assert rows["docker.io/library/nginx"]["private"] is False
+    assert world.get("image", name=f"ghcr.io/{SECRET}/app")["tags"][0]["tag"] == SECRET
+    assert {transfer["repository"] for transfer in world.get("transfers")["transfers"]} == {
+        "docker.io/library/nginx", f"ghcr.io/{SECRET}/app", f"{SECRET}.example/team/app",
+    }  # fmt: skip
+    assert world.get("status")["operation"] == SECRET
+    assert len(world.get("budget")["limits"]) == 2
+
+
+@pytest.mark.parametrize("viewer", [USER, GUEST], ids=["user", "no login needed to read"])
+def test_hosted_repositories_are_seen_by_those_that_may_read_them(world: World, viewer: Viewer) -> None:
+    fill(world)
+    assert set(world.names(viewer)) == {"docker.io/library/nginx", "platform/base"}
+    assert world.get("image", viewer, name="platform/base")["tags"][0]["platforms"] == ["linux/amd64"]
+    assert SECRET not in json.dumps([world.get(resource, viewer) for resource in DOCUMENTS])
+
+
+def test_a_download_of_a_private_image_has_no_name(world: World) -> None:
+    fill(world)
+    transfers = world.get("transfers", ANONYMOUS)["transfers"]
+    assert {transfer["name"] for transfer in transfers} == {
+        "docker.io/library/nginx", "a private image of ghcr.io", "a private image of another registry",
+    }  # fmt: skip
+    assert {transfer["digest"] for transfer in transfers} == {str(Digest.of(b"nginx layer")), None}
+
+
+def test_a_private_blob_of_a_public_repository_has_no_digest(world: World) -> None:
+    fill(world)
+    world.board.for_process(0).add(f"{HUB}/library/nginx", Digest.of(b"embargoed"), 10, private=True)
+    assert str(Digest.of(b"embargoed")) not in json.dumps(world.get("transfers", ANONYMOUS))
+    assert str(Digest.of(b"embargoed")) in json.dumps(world.get("transfers"))
+
+
+def test_a_repository_that_became_private_disappears_before_the_next_walk(world: World) -> None:
+    fill(world)
+    assert world.names(ANONYMOUS) == ["docker.io/library/nginx"]
+    world.access.record_denial(f"{HUB}/library/nginx", PUBLIC)
+    assert world.names(ANONYMOUS) == []
+    with pytest.raises(RegistryError):
+        world.get("image", ANONYMOUS, name="docker.io/library/nginx")
+    assert "nginx" not in json.dumps(world.get("transfers", ANONYMOUS))
+
+
+def test_private_contents_of_a_public_repository_are_not_shown(world: World) -> None:
+    """A repository that was public once: upstream has sent one tag to everybody, others to a login only."""
+    name = f"{HUB}/acme/app"
+    old, new = platform_image("amd64", b"old"), platform_image("amd64", b"new")
+    world.put_cached(name, old, "old")
+    put_image(world.cache, name, new, "new")
+    world.make_private(name, new)
+    world.note_tag(name, "new", new, public=False)
+    world.cache.links.set_tag(name, "codename", old.digest)  # known content, by a name that only a login saw
+    world.note_tag(name, "codename", old, public=False)
+    world.walk()
+    shown = "docker.io/acme/app"
+    assert {tag["tag"] for tag in world.get("image", name=shown)["tags"]} == {"old", "new", "codename"}
+    assert [tag["tag"] for tag in world.get("image", ANONYMOUS, name=shown)["tags"]] == ["old"]
+    assert world.get("image", ANONYMOUS, name=shown)["count"] == 1
+    assert world.get("manifest", ANONYMOUS, name=shown, digest=str(old.digest))["layers"]
+    with pytest.raises(RegistryError):
+        world.get("manifest", ANONYMOUS, name=shown, digest=str(new.digest))
+
+
+def test_the_viewer_survives_the_way_to_the_main_process() -> None:
+    for viewer in (ADMIN, ANONYMOUS, USER, GUEST):
+        assert Viewer.parse(json.loads(json.dumps(viewer.values()))) == viewer
+    assert not Viewer.parse([None, 1, "yes"]).is_admin  # only true is
+
+
+@pytest.mark.parametrize(
+    ("repository", "label"),
+    [
+        (f"{HUB}/library/nginx", "docker.io"),
+        ("ghcr.io/a/b", "ghcr.io"),
+        ("unlisted.example/a", "another registry"),
+        ("", "another registry"),
+        ("[bad/a", "another registry"),
+    ],
+)
+def test_labels_are_those_that_settings_name(repository: str, label: str) -> None:
+    assert label_of(repository, {"docker.io", "ghcr.io"}) == label
+
+
+# the documents
+
+
+def test_the_overview_has_sums_registries_and_downloads(world: World) -> None:
+    fill(world)
+    world.metrics.count_received("docker.io", 300)
+    world.metrics.count_failure("ghcr.io", "timeout")
+    world.history.sample()
+    world.local.sources.problems = lambda: {"ghcr.io": "no answer since noon"}
+    world.local.sources.idle_age = lambda: 41 * 86400.0
+    overview = world.get("overview")
+    assert overview["day"]["served"] == 1000
+    assert overview["day"]["saved"] == 700
+    assert overview["day"]["ratio"] == 0.7
+    assert overview["total"]["since"] is not None
+    assert overview["cache"] == {"bytes": 212, "limit": 256, "idle_age": 41 * 86400.0}
+    rows = {row["name"]: row for row in overview["registries"]}
+    assert next(iter(rows)) == "docker.io"
+    assert rows["docker.io"]["budget"]["remaining"] == 34
+    assert sum(rows["docker.io"]["sparkline"]) == 1000
+    assert rows["ghcr.io"]["up"] is False
+    assert rows["ghcr.io"]["errors"] == 1
+    assert rows["hosted"]["kind"] == HOSTED
+    assert [notice["text"] for notice in overview["notices"]] == ["no answer since noon"]
+    assert world.get("registry", name="docker.io")["series"]["served"][-1] == 1000
+
+
+def test_two_processes_that_read_one_file_are_one_download(world: World) -> None:
+    for number, readers in ((0, 3), (1, 4)):
+        entry = world.board.for_process(number).add("ghcr.io/a/b", Digest.of(b"x"), 100, private=False)
+        assert entry is not None
+        entry.update(40 + number, 100, readers)
+    [transfer] = world.get("transfers")["transfers"]
+    assert (transfer["done"], transfer["readers"], transfer["size"]) == (41, 7, 100)
+
+
+def test_the_parts_of_an_image(world: World) -> None:
+    arm, amd = platform_image("arm64", b"arm layer"), platform_image("amd64", b"amd layer")
+    both = index(arm, amd)
+    document = json.loads(both.data)
+    for entry, name in zip(document["manifests"], ("arm64", "amd64"), strict=True):
+        entry["platform"] = {"os": "linux", "architecture": name}
+    both = ManifestTree(both.media_type, json.dumps(document).encode(), (), (arm, amd))
+    world.put_cached("ghcr.io/a/b", both, "v1")
+    world.cache.blobs.remove(amd.digest)
+    world.cache.blobs.remove(Digest.of(b"arm layer"))
+    world.walk()
+    [tag] = world.get("image", ANONYMOUS, name="ghcr.io/a/b")["tags"]
+    assert tag["platforms"] == ["linux/arm64"]
+    assert tag["checked"] == 1_750_000_000.0
+    manifest = world.get("manifest", ANONYMOUS, name="ghcr.io/a/b", digest=str(both.digest))
+    assert [(part["platform"], part["present"]) for part in manifest["platforms"]] == [
+        ("linux/arm64", True), ("linux/amd64", False),
+    ]  # fmt: skip
+    [layer] = world.get("manifest", name="ghcr.io/a/b", digest=str(arm.digest))["layers"]
+    assert layer == {"digest": str(Digest.of(b"arm layer")), "size": len(b"arm layer"), "present": False}
+
+
+def test_a_blob_of_another_repository_is_not_told(world: World) -> None:
+    """A manifest may name any digest. Its viewer does not learn whether another repository has that blob."""
+    world.put_cached(f"ghcr.io/{SECRET}/app", platform_image("amd64", b"their layer"), "v1", public=False)
+    world.put_cached("ghcr.io/prober/app", platform_image("amd64", b"their layer"), "v1")
+    world.cache.links.unlink_layer("ghcr.io/prober/app", Digest.of(b"their layer"))
+    world.walk()
+    [tag] = world.get("image", ANONYMOUS, name="ghcr.io/prober/app")["tags"]
+    [layer] = world.get("manifest", ANONYMOUS, name="ghcr.io/prober/app", digest=tag["digest"])["layers"]
+    assert layer["present"] is False
+
+
+def test_strangers_texts_are_cut(world: World) -> None:
+    manifest = image(b"config", b"layer")
+    document = json.loads(manifest.data)
+    document["annotations"] = {f"key{number}": "<script>" * 1000 for number in range(500)}
+    long = ManifestTree(manifest.media_type, json.dumps(document).encode(), manifest.blobs)
+    put_image(world.hosted, "team/app", long, "v1")
+    world.walk()
+    annotations = world.get("manifest", name="team/app", digest=str(long.digest))["annotations"]
+    assert len(annotations) == 50
+    assert max(map(len, annotations.values())) == 300
+
+
+@pytest.mark.parametrize(
+    ("resource", "arguments", "status"),
+    [
+        ("nothing", {}, 404),
+        ("../status", {}, 404),
+        ("", {}, 404),
+        ("traffic", {"range": "2h"}, 400),
+        ("traffic", {"registry": "unlisted.example"}, 404),
+        ("registry", {"name": "\0"}, 404),
+        ("images", {"sort": "password"}, 400),
+        ("images", {"order": "sideways"}, 400),
+        ("images", {"page": "0"}, 400),
+        ("images", {"page": "-1"}, 400),
+        ("images", {"page": "1e3"}, 400),
+        ("images", {"page": "\u0661"}, 400),
+        ("images", {"page": "9" * 5000}, 400),
+        ("images", {"per_page": "101"}, 400),
+        ("images", {"where": "elsewhere"}, 400),
+        ("images", {"q": "a\0b"}, 400),
+        ("images", {"q": "x" * 10_000}, 400),
+        ("image", {}, 404),
+        ("image", {"name": "../../etc/passwd"}, 404),
+        ("image", {"name": "\udcff"}, 404),
+        ("manifest", {"name": "docker.io/library/nginx", "digest": "sha256:x"}, 404),
+        ("manifest", {"name": "docker.io/library/nginx", "digest": "sha256:" + "0" * 64}, 404),
+    ],
+)
+def test_wrong_arguments_are_refused(world: World, resource: str, arguments: dict[str, str], status: int) -> None:
+    fill(world)
+    for viewer in (ADMIN, ANONYMOUS):
+        with pytest.raises(OverviewError) as refused:
+            world.get(resource, viewer, **arguments)
+        assert refused.value.status == status
+        assert refused.value.message.isprintable() or "\\" in refused.value.message
+
+
+def test_an_error_inside_is_no_answer_to_a_stranger(world: World) -> None:
+    async def fail() -> dict[str, Any]:
+        raise OSError(5, "Input/output error", f"/srv/{SECRET}")
+
+    world.local.sources.budget = fail
+    with pytest.raises(OverviewError) as failed:
+        world.get("budget")
+    assert failed.value.status == 500
+    assert SECRET not in failed.value.message
+
+
+def test_every_answer_fits_into_a_message(world: World) -> None:
+    """The most of everything: repositories with the longest names, tags, layers, platforms and downloads."""
+    part = world.board.for_process(0)
+    for number in range(256):
+        part.add(f"ghcr.io/{'n' * 200}/{number}", Digest.of(b"%d" % number), 2**40, private=False)
+    rows = world.summaries._rows[CACHED]
+    for number in range(300):
+        name = f"ghcr.io/{'n' * 240}/{number}"
+        rows[name] = RepositorySummary(CACHED, name, name, platforms=("linux/" + "a" * 40,) * 16, size=2**60)
+    manifest = image(b"config", *(b"layer %d" % number for number in range(300)))
+    put_image(world.hosted, "team/app", ManifestTree(manifest.media_type, manifest.data))
+    links = Links(world.hosted.layout, durable=False)
+    for number in range(80):
+        links.set_tag("team/app", f"{'t' * 120}{number}", manifest.digest)
+    world.walk()
+    rows.update({row.key: row for row in world.summaries._rows[CACHED].values()})
+    for resource in DOCUMENTS:
+        world.get(resource)
+    image_document = world.get("image", name="team/app")
+    assert image_document["count"] == 80
+    assert image_document["pages"] == 2
+    digest = image_document["tags"][0]["digest"]
+    assert len(world.get("manifest", name="team/app", digest=digest)["layers"]) == 200
+    for range_name in ("1h", "6h", "24h", "7d", "30d", "1y"):
+        world.get("traffic", range=range_name)
+        world.get("overview", range=range_name)
+
+
+# the summary of repositories
+
+
+def test_rows_have_sizes_tags_platforms_and_times(world: World) -> None:
+    fill(world)
+    row = world.get("images", q="nginx")["images"][0]
+    assert row["where"] == CACHED
+    assert row["registry"] == "docker.io"
+    assert (row["tags"], row["manifests"], row["platforms"]) == (1, 1, ["linux/amd64"])
+    assert row["size"] == sum(map(len, (NGINX.data, *NGINX.blobs)))
+    assert abs(row["last_used"] - time.time()) < 60
+    assert row["pulls"] is None
+
+
+def test_a_walk_sees_what_has_changed(world: World) -> None:
+    fill(world)
+    world.put_cached(f"{HUB}/library/redis", platform_image("amd64", b"redis"), "8")
+    assert "docker.io/library/redis" not in world.names()
+    world.walk()
+    assert "docker.io/library/redis" in world.names()
+    shutil.rmtree(world.cache.layout.repository(f"{HUB}/library/redis"))
+    put_image(world.hosted, "platform/base", platform_image("arm64", b"more"), "v2")
+    world.walk()
+    assert "docker.io/library/redis" not in world.names()
+    assert world.get("images", q="platform")["images"][0]["tags"] == 2
+
+
+def test_a_walk_reads_an_unchanged_repository_once_an_hour(world: World) -> None:
+    fill(world)
+    world.cache.blobs.remove(Digest.of(b"nginx"))
+    before = world.get("images", q="nginx")["images"][0]["size"]
+    world.walk()
+    assert world.get("images", q="nginx")["images"][0]["size"] == before
+    world.summaries._rows[CACHED][f"{HUB}/library/nginx"].read_at -= 4000
+    world.walk()
+    assert world.get("images", q="nginx")["images"][0]["size"] == before - len(b"nginx")
+
+
+def test_repositories_of_which_nothing_is_left_are_not_listed(world: World) -> None:
+    fill(world)
+    for entry in list(world.cache.blobs.walk()):
+        world.cache.blobs.remove(entry.key)
+    for row in world.summaries._rows[CACHED].values():
+        row.read_at = 0
+    world.walk()
+    assert world.names() == ["platform/base"]
+
+
+def test_the_answer_says_that_the_first_walk_has_not_ended(world: World) -> None:
+    put_image(world.hosted, "a/b", NGINX, "v1")
+    answer = world.get("images")
+    assert (answer["complete"], answer["count"]) == (False, 0)
+    world.walk()
+    assert world.get("images")["complete"] is True
+
+
+def test_search_sort_and_pages(world: World) -> None:
+    names = [f"ghcr.io/team-{'even' if number % 2 == 0 else 'odd'}/app{number:02}" for number in range(25)]
+    world.set_rows(
+        [
+            RepositorySummary(CACHED, name, name, size=number, last_used=100.0 - number)
+            for number, name in enumerate(names)
+        ]
+    )
+    assert world.names(sort="size", per_page="3") == names[:-4:-1]
+    assert world.names(sort="used", per_page="1") == ["ghcr.io/team-even/app00"]
+    assert world.names(sort="name", q="ODD", per_page="2", page="2") == [
+        "ghcr.io/team-odd/app05",
+        "ghcr.io/team-odd/app07",
+    ]
+    answer = world.get("images", q="odd app1", sort="size", order="asc")
+    assert [row["size"] for row in answer["images"]] == [11, 13, 15, 17, 19]
+    assert (answer["count"], answer["bytes"], answer["pages"]) == (5, 75, 1)
+    assert world.names(page="1000000") == []
+    world.local.sources.is_pinned = world.summaries.is_pinned = lambda key, tag=None: key.endswith("app03")
+    assert world.names(where="pinned") == ["ghcr.io/team-odd/app03"]
+    assert world.names(where="hosted") == []
+
+
+@given(st.text(max_size=1200))
+def test_any_search_is_a_result_or_a_400(text: str) -> None:
+    try:
+        query = SummaryQuery.parse({"q": text})
+    except BadRequest as error:
+        assert error.status == 400
+    else:
+        assert all(word in text.lower() for word in query.words)
+
+
+def test_pulls_are_shown_if_they_are_counted(world: World) -> None:
+    world.summaries.load_pulls = lambda: {"docker.io/library/nginx": 18_230, "hosted/platform/base": 7}
+    fill(world)
+    rows = world.get("images", sort="pulls")["images"]
+    assert [(row["name"], row["pulls"]) for row in rows] == [
+        ("docker.io/library/nginx", 18_230), ("platform/base", 7), (f"ghcr.io/{SECRET}/app", 0),
+    ]  # fmt: skip
+
+
+def test_a_search_of_ten_thousand_repositories_takes_milliseconds(world: World) -> None:
+    names = [f"ghcr.io/team{number % 100}/service-{number}" for number in range(10_000)]
+    random.Random(1).shuffle(names)
+    world.set_rows(
+        [
+            RepositorySummary(CACHED, name, name, size=number, last_used=float(number), is_public=True)
+            for number, name in enumerate(names)
+        ]
+    )
+    assert world.get("images")["count"] == 10_000
+    times = []
+    for query in ("77", "service", "", "team5 9", "nothing at all"):
+        for viewer in (ADMIN, ANONYMOUS):
+            started = time.process_time()
+            world.get("images", viewer, q=query)
+            times.append(time.process_time() - started)
+    assert sorted(times)[len(times) // 2] < 0.2  # usually 5 ms
+
+
+def test_a_disk_that_fails_leaves_the_old_list(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(world)
+
+    def fail(path: str) -> Any:
+        raise OSError(5, "Input/output error", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dockerproxy.store.tree_reader.os.listdir", fail)
+        world.walk()
+    assert len(world.names()) == 3
+
+
+def test_who_is_not_there_is_unknown(world: World) -> None:
+    with pytest.raises(NameUnknown):
+        world.run(world.local.get("image", ADMIN, {"name": "no/such"}))
