@@ -11,6 +11,7 @@ list; tests/test_imports.py checks that.
 - `registry` serves the OCI distribution API over `http`. It does not depend on the source of the content.
 - `cache` is the pull-through cache. It reads blobs and manifests from the `store`, and fetches the missing ones from
   an `upstream` registry, once for all clients that request the same one at the same time.
+- `fleet` lets the cache ask other daemons before upstream, and serves them. It is loaded only if FLEET is set.
 - `cli` is the command `dockerproxy`, and `commands` has its parts. `admin` serves that command and the endpoints for
   browsers. `operations` is the process in which garbage is collected, and stores are verified and imported.
 - `net` connects to other machines, `daemon` integrates with systemd and the log, `concurrency` runs coroutines.

@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 from twisted.application.internet import TimerService
 from twisted.internet.defer import Deferred, TimeoutError
 
@@ -65,7 +65,7 @@ from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdFile
-from dockerproxy.registry.intercepted import Intercepted, Mirror
+from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
@@ -89,6 +89,9 @@ from dockerproxy.upstream.metered_client import MeteredClient
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext
+
+if TYPE_CHECKING:
+    from dockerproxy.fleet.composition import Fleet
 
 _LOOKUP_LIMITS = PoolLimits(threads=16, threads_per_client=6, waiting=4000, waiting_per_client=1000, reserved_threads=4)
 """Name look-ups. One silent name server must leave threads to other clients, and some to registries. Waiting ones cost
@@ -179,6 +182,7 @@ class ProxyServer:
     agent: Agent
     metrics: Metrics
     live: LiveFeed
+    fleet: Fleet | None
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
@@ -201,6 +205,14 @@ class ProxyServer:
         """Write what this process is doing into the metrics, which any process can be asked for."""
         self.metrics.set(TUNNELS, len(self.transfers))
         self.metrics.set(DOWNLOADS, len(self.pull_through.blobs.downloads))
+        if self.fleet is not None and self.metrics.is_first:
+            self.metrics.set_peers(*self.fleet.members.count_others())
+
+    async def close_upstreams(self) -> None:
+        """Close the connections to registries and to other members of the fleet."""
+        await self.agent.close()
+        if self.fleet is not None:
+            await self.fleet.transport.close()
 
     def gauge_service(self) -> TimerService:
         """Return the service that samples the gauges every second."""
@@ -221,6 +233,7 @@ class ProxyServer:
             "downloads": self.pull_through.blobs.downloads.report()[:_MAX_REPORTED],
             "upstream connections": {"open": self.agent.open_connections, "idle": self.agent.idle_connections},
             "bounds": [bound.report() for bound in self.bounds],
+            **({} if self.fleet is None else {"fleet": self.fleet.members.states()}),
         }
 
 
@@ -244,7 +257,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
-    pull_through = build_cache(reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser)
+    fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
+    pull_through, pull_through_for_members = build_cache(
+        reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
+    )
     api = RegistryAPI(reactor)
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
@@ -266,13 +282,24 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     on_finished = partial(count_and_log, shared.metrics)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
-    mirror = Mirror(api, pull_through.registry, registries.mirrored, DOCKER_HUB, cross_origin)
+
+    def mirror_for(open_registry: OpenRegistry) -> Mirror:
+        return Mirror(api, open_registry, registries.mirrored, DOCKER_HUB, cross_origin)
+
+    def intercepted_for(open_registry: OpenRegistry) -> Intercepted:
+        return Intercepted(api, open_registry, pull_through, cross_origin, allow_push=settings.allow_push)
+
+    mirror, intercepted = mirror_for(pull_through.registry), intercepted_for(pull_through.registry)
+    handle_mirror, handle_intercepted = mirror.handle, intercepted.handle
+    if fleet is not None and pull_through_for_members is not None:
+        door = fleet.door(pull_through_for_members, mirror, intercepted, mirror_for, intercepted_for)
+        handle_mirror, handle_intercepted = door.handle_mirror, door.handle_intercepted
     login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
     hosted_names = frozenset(settings.registry_hostname)
     registries_for = partial(
         NamespacedRegistries,
         hosted_app,
-        login.guard(mirror.handle),
+        login.guard(handle_mirror),
         registries.hosted_names,
         registries.mirrored,
         hosted_store.has_repository,
@@ -294,13 +321,12 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         respond_error,
     )
     direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
-    intercepted = Intercepted(api, pull_through.registry, pull_through, cross_origin, allow_push=settings.allow_push)
     transfers = Transfers()
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
         login=login,
-        interception=Interception(registries.intercepted, context_for, intercepted.handle),
+        interception=Interception(registries.intercepted, context_for, handle_intercepted),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
         local=proxy_router.handle,
@@ -321,6 +347,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     certificates.watch_files(reactor)
     budgets = SiteBudgets()
     listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, certificates, on_finished, budgets)
+    if fleet is not None:
+        fleet.start(reactor, [listener.site for listener in listeners])
     return ProxyServer(
         listeners,
         transfers,
@@ -353,6 +381,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         connectors.agent,
         shared.metrics,
         live,
+        fleet,
         reactor,
     )
 
@@ -411,6 +440,7 @@ class Connectors:
 
     agent: Agent
     tunnel_dialer: Dialer
+    resolver: NameResolver
 
 
 @frozen
@@ -453,7 +483,7 @@ def build_connectors(
     except ValueError as error:
         raise SettingsError(str(error)) from None
     agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for, silent_servers)
-    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout))
+    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver)
 
 
 def upstream_timeouts(settings: Settings) -> UpstreamTimeouts:
@@ -475,9 +505,13 @@ def build_cache(
     agent: Agent,
     authorizer: Authorizer,
     parser: ContentParser,
-) -> PullThrough:
-    """Build the cache in CACHE_DIR."""
+    fleet: Fleet | None,
+) -> tuple[PullThrough, PullThrough | None]:
+    """Build the cache in CACHE_DIR, and the one over the same files that serves other members of the `fleet`."""
     file_counter = FileCounter(reactor, shared.cache_space.record_files)
+    upstream = MeteredClient(
+        UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
+    )
     services = CacheServices(
         reactor=reactor,
         clock=time.time,
@@ -490,10 +524,9 @@ def build_cache(
         locks=shared.locks,
         parser=parser,
         tombstones=shared.tombstones,
-        multi_process=shared.multi_process,
-        upstream=MeteredClient(
-            UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
-        ),
+        multi_process=shared.multi_process or fleet is not None,
+        upstream=upstream,
+        content=upstream if fleet is None else fleet.content_client(upstream),
         agent=agent,
         board=shared.board_part,
     )
@@ -520,7 +553,36 @@ def build_cache(
     configure_logins(cache_policy.logins, settings)
     pull_through = compose_cache(services, cache_policy).pull_through
     pull_through.challenges.restore(settings.registries)
-    return pull_through
+    if fleet is None:
+        return pull_through, None
+    return pull_through, compose_cache(evolve(services, content=upstream), cache_policy).pull_through
+
+
+def build_fleet(
+    reactor: Any,
+    settings: Settings,
+    shared: SharedServices,
+    connectors: Connectors,
+    authority: CertificateAuthority,
+) -> Fleet:
+    """Build what this daemon needs as a member of FLEET. Raise `SettingsError`."""
+    from dockerproxy.fleet.composition import FleetInvalid, compose_fleet
+
+    try:
+        return compose_fleet(
+            reactor,
+            settings.fleet,
+            settings.fleet_address,
+            listening_ports(settings.proxy_listen, 3128),
+            settings.fleet_timeout,
+            is_own_address=is_own_address,
+            resolver=connectors.resolver,
+            ca_certificate=authority.certificate_pem,
+            records=shared.state.open_records() if shared.multi_process else None,
+            meter=shared.metrics,
+        )
+    except FleetInvalid as error:
+        raise SettingsError(f"{error}.") from None
 
 
 def configure_logins(logins: SharedLogins, settings: Settings) -> None:

@@ -165,6 +165,12 @@ class ServiceOverloaded(RegistryError):
     status, code = 503, "UNAVAILABLE"
 
 
+class LoopDetected(RegistryError):
+    """The request would wait for its own sender (RFC 5842, section 7.2). Another member of the fleet can serve it."""
+
+    status, code = 508, "UNAVAILABLE"
+
+
 class InsufficientStorage(RegistryError):
     """The disk of the proxy is full. Docker prints the status line of a 5xx, so 507 itself tells the user."""
 

@@ -304,6 +304,42 @@ def addresses(text: str) -> Mapping[Host, Host]:
     return MappingProxyType(overrides)
 
 
+def fleet(text: str) -> tuple[Host, ...]:
+    """Parse the addresses of members, ``10.0.0.1 10.0.0.2:3128``, or one name that has all of them.
+
+    Members are separated by spaces. The port is 3128 if it is not given.
+    """
+    members: list[Host] = []
+    for word in text.split():
+        member = _member(word)
+        if member in members:
+            raise ValueError(f"{redacted_repr(word)} is given twice")
+        members.append(member)
+    names = [member.name for member in members if not member.is_address]
+    if names and len(members) > 1:
+        raise ValueError(
+            f"{redacted_repr(names[0])} is a name; give either one name whose addresses are the members, or addresses"
+        )
+    return tuple(members)
+
+
+def fleet_address(text: str) -> Host:
+    """Parse the address of one member, with the port if it is not 3128."""
+    member = _member(text)
+    if not member.is_address:
+        raise ValueError(f"{redacted_repr(text)} is a name; write the address of this daemon that FLEET has")
+    return member
+
+
+def _member(word: str) -> Host:
+    try:
+        return Host.parse(word, 3128)
+    except NameInvalid:
+        raise ValueError(
+            f"{redacted_repr(word)} is not a member such as 10.0.0.1 or 10.0.0.1:3128, nor a name that has all of them"
+        ) from None
+
+
 def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
     """Parse ``http://[user:password@]host[:port]``, with an optional scheme, or ``none`` for no proxy.
 

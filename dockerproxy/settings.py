@@ -105,6 +105,9 @@ class Settings:
     upstream_addresses: Mapping[Host, Host] = _setting(parsers.addresses, "")
     upstream_ca_file: Path | None = _setting(parsers.path)
     upstream_proxy: UpstreamProxy | None = _derived()
+    fleet: tuple[Host, ...] = _setting(parsers.fleet, "")
+    fleet_address: Host | None = _setting(parsers.fleet_address)
+    fleet_timeout: float = _setting(parsers.positive_duration, "5s")
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
     max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
     allowed_hosts: tuple[HostPattern, ...] | None = _setting(parsers.allowed_hosts, "")
@@ -149,6 +152,12 @@ class Settings:
             *_typo_warnings(file, _variable_names(cls)),
             *_override_warnings(env, file, _variable_names(cls)),
         )
+        if attributes["fleet_address"] is not None and not attributes["fleet"]:
+            raise SettingsError("FLEET_ADDRESS is set and FLEET is not; FLEET has the addresses of all members.")
+        if attributes["fleet"] and attributes["proxy_htpasswd_file"] is not None:
+            raise SettingsError(
+                "FLEET and PROXY_HTPASSWD_FILE are set, but members have no login for each other's proxy; unset one."
+            )
         for prefix in ("CA", "REGISTRY", "PROXY"):
             pair = [f"{prefix}_CRT_FILE", f"{prefix}_KEY_FILE"]
             is_set = [attributes[name.lower()] is not None for name in pair]

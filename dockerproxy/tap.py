@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
@@ -115,6 +115,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     has_ca = settings.ca_crt_file is not None or (settings.ca_dir / "ca.crt").exists()
     certificates = open_certificates(settings)
     authority = certificates.authority
+    if settings.fleet:  # so that what one member has signed is good at all
+        cache_secret, registry_secret = authority.derive_secret("cache"), authority.derive_secret("registry")
+        state = evolve(state, cache_secret=cache_secret, registry_secret=registry_secret)
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     metrics = Metrics.make(settings.workers, map(registry_label, settings.intercepted))
@@ -251,7 +254,7 @@ def build_listener_service(reactor: Any, server: ProxyServer, workers: Workers) 
         server.listeners,
         workers.opener,
         server.transfers,
-        server.agent.close,
+        server.close_upstreams,
         partial(abort_on_repeated_stop, reactor, workers.supervisor),
     )
 

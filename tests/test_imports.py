@@ -33,6 +33,7 @@ ALLOWED = {
     "upstream": {"net", "http", "oci", "errors"},
     "cache": {"store", "upstream", "net", "http", "oci", "errors"},
     "bucket": {"cache", "store", "upstream", "net", "http", "oci", "errors"},
+    "fleet": {"cache", "store", "registry", "upstream", "net", "http", "oci", "errors"},
     "registry": {"store", "oci", "http", "errors"},
     "proxy": {"net", "http", "oci", "errors"},
     "daemon": {"http"},
@@ -81,8 +82,8 @@ PURE_MODULES = {
     "proxy.trusted_proxies", "registry.login_throttle",
     "http.connection_state", "http.headers", "http.message", "http.security_fields",
     "http.cross_origin", "upstream.http1",
-    "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
     "net.store_location", "bucket.s3_xml", "bucket.store_errors",
+    "upstream.retry", "upstream.urls", "cache.freshness", "fleet.members", "fleet.hop", "store.eviction",
 }  # fmt: skip
 IO_MODULES = {
     "twisted.internet",

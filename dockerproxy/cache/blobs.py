@@ -138,7 +138,8 @@ class CachedBlobs:
         if not self._blobs.exists(digest):
             download = self._start_download(principal, digest)
             await self._wait_started(download, principal)
-            return await self._join(download, principal, visibility, granted, "MISS")
+            cache_status = "PEER" if download.is_from_member else "MISS"
+            return await self._join(download, principal, visibility, granted, cache_status)
         check = partial(self._confirm, digest=digest, proven=visibility is not None)
         status, because = await self._authorize(principal, visibility, check)
         return self._open_stored(digest, status, because)
@@ -221,7 +222,8 @@ class CachedBlobs:
         content = download.open_reader(principal.repository, principal.client)
         if content is None:
             return None
-        because = self._describe_miss(principal, download.digest, visibility) if cache_status == "MISS" else ""
+        is_new = cache_status in ("MISS", "PEER")
+        because = self._describe_miss(principal, download.digest, visibility) if is_new else ""
         return BlobResponse(download.digest, download.size, content, cache_status, because)
 
     def _describe_miss(self, principal: UpstreamPrincipal, digest: Digest, visibility: Visibility | None) -> str:

@@ -44,7 +44,8 @@ class CacheServices:
     """The services that the parts of a cache use. `clock` returns POSIX time.
 
     `on_file_created` is called after each new link. `multi_process` is true if other processes use the same files; then
-    they share `bindings`, `locks` and `space` too.
+    they share `bindings`, `locks` and `space` too. `upstream` is the client for registries, and `content` the one by
+    which manifests and blobs are fetched; in a fleet, that one asks the other members first.
     """
 
     reactor: Any
@@ -60,6 +61,7 @@ class CacheServices:
     tombstones: Tombstones
     multi_process: bool
     upstream: RegistryClient
+    content: RegistryClient
     agent: UpstreamAgent
     board: BoardPart
 
@@ -99,7 +101,7 @@ class CacheParts:
 
 def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     """Return a cache with new parts, which share nothing with those of another one but files and `services`."""
-    reactor, upstream, agent, clock = services.reactor, services.upstream, services.agent, services.clock
+    reactor, content, agent, clock = services.reactor, services.content, services.agent, services.clock
     records, space = services.records, services.space
     identities = Identities(services.secret, clock, services.bindings)
     blobs = Blobs(services.layout, durable=False, clock=clock)
@@ -109,7 +111,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     rate_limits = RateLimits(records, clock)
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
-    downloads = Downloads(reactor, upstream, space, ingests, open_readers, policy.download_limits, services.board)
+    downloads = Downloads(reactor, content, space, ingests, open_readers, policy.download_limits, services.board)
 
     def address_check_for(host: Host) -> AddressCheck | None:
         return None if host in policy.intercepted else policy.address_check
@@ -119,7 +121,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
 
     manifests = CachedManifests(
         reactor,
-        upstream,
+        content,
         blobs,
         links,
         records,
@@ -137,16 +139,16 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     challenges = Challenges(
         agent, records, policy.intercepted, policy.on_challenges, policy.allows_client_to, address_check_for, clock
     )
-    possession = PossessionCheck(reactor, upstream, blobs, services.secret)
+    possession = PossessionCheck(reactor, content, blobs, services.secret)
     pull_through = PullThrough(
-        upstream,
+        services.upstream,
         identities,
         challenges,
         TokenEndpoint(agent, identities, records, address_check_for, clock),
         manifests,
         companions,
         CachedBlobs(
-            reactor, upstream, blobs, links, downloads, access, space, open_readers, possession, services.tombstones
+            reactor, content, blobs, links, downloads, access, space, open_readers, possession, services.tombstones
         ),
         services.parser,
         policy.registries,

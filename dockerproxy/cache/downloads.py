@@ -194,6 +194,8 @@ class BlobDownload:
         self.failure: Exception | None = None
         self.size: int | None = None
         self.written = 0
+        self.is_from_member = False
+        """Whether a member of the fleet has begun to send it, not upstream itself."""
 
     async def run(self) -> DownloadState:
         """Download the blob into an ingest file. Return the final state, with which the caller calls `end`.
@@ -579,6 +581,7 @@ class BlobDownload:
         if not ingest.verify():
             if source.guessed_coding is not None:
                 self._codings[self.key] = not source.guessed_coding  # the next attempt reads it the other way
+            source.report_mismatch()
             await in_thread(self._reactor, ingest.discard)
             raise UpstreamBroken(f"{self.repository.registry} returned content that does not match {self.digest}")
         self.verified = True
@@ -634,6 +637,7 @@ class BlobDownload:
     # state
 
     def _describe(self, source: ResumableGet) -> DownloadInfo:
+        self.is_from_member = source.is_from_member
         return DownloadInfo(source.size, self.repository.key, self._principal.identity, self._reactor.seconds())
 
     def _mark_started(self, info: DownloadInfo) -> None:

@@ -85,7 +85,9 @@ class TagEntry:
     """The digest that upstream returned for a tag and one set of accepted media types. `checked_at` is POSIX time.
 
     It is public if upstream has returned it to a client without a credential. It is claimed if upstream has named a
-    digest that it had not sent at that time, in response to a HEAD; it counts as soon as the manifest has been sent.
+    digest that it had not sent at that time, in response to a HEAD; it counts as soon as the manifest has been sent. It
+    is relayed if a member of the fleet has returned it, whose answer may be as old as it is fresh: it is never fresh
+    here, so that the ages do not add up.
     """
 
     accept: str
@@ -94,6 +96,7 @@ class TagEntry:
     checked_at: float
     public: bool
     claimed: bool = False
+    relayed: bool = False
 
     @property
     def record_key(self) -> str:
@@ -237,7 +240,7 @@ class CachedManifests:
         return str(self._tombstones.find_in(key, digest, is_linked=is_linked) or otherwise)
 
     def _is_fresh(self, principal: UpstreamPrincipal, tag: Tag, entry: TagEntry, loaded: _Loaded) -> bool:
-        is_fresh = self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
+        is_fresh = not entry.relayed and self._freshness.is_fresh(tag, self._clock() - entry.checked_at)
         return is_fresh and self._is_granted(principal, entry.public and loaded.public)
 
     def _is_granted(self, principal: UpstreamPrincipal, public: bool) -> bool:
@@ -427,8 +430,8 @@ class CachedManifests:
             await self._update_link(principal, digest, media_type)
         if not isinstance(reference, Digest):
             # containerd asks for a tag by HEAD only, and then for its digest. That request may fail.
-            self._record_tag(principal, reference, accept, digest, media_type, claimed=stored_size is None)
-        return ManifestResponse(digest, media_type, size, None, "MISS", rate_limit_fields(response))
+            self._record_tag(principal, reference, accept, digest, media_type, response, claimed=stored_size is None)
+        return ManifestResponse(digest, media_type, size, None, _status(response), rate_limit_fields(response))
 
     async def _handle_get(
         self, principal: UpstreamPrincipal, reference: Reference, accept: list[str], response: UpstreamResponse
@@ -456,9 +459,10 @@ class CachedManifests:
         self._record_grant(principal)
         await self._store(principal, digest, media_type, content)
         if not isinstance(reference, Digest):
-            self._record_tag(principal, reference, accept, digest, media_type)
+            self._record_tag(principal, reference, accept, digest, media_type, response)
             await try_link(self._reactor, self._links.set_tag, principal.repository.key, reference, digest)
-        return ManifestResponse(digest, media_type, len(content), content, "MISS", rate_limit_fields(response))
+        limits = rate_limit_fields(response)
+        return ManifestResponse(digest, media_type, len(content), content, _status(response), limits)
 
     def _record_grant(self, principal: UpstreamPrincipal) -> None:
         # Called only after the response has been checked, because a captive portal answers every request.
@@ -564,7 +568,8 @@ class CachedManifests:
             claimed, accept = name.startswith(_CLAIMED_PREFIX), name.removeprefix(_CLAIMED_PREFIX)
             try:
                 digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
-                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed))
+                relayed = entry.get("relayed") is True
+                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed, relayed))
             except (DigestInvalid, KeyError, TypeError, ValueError):
                 continue  # ignore a damaged entry; upstream is asked again
         return sorted(entries, key=lambda entry: -entry.checked_at)
@@ -576,12 +581,14 @@ class CachedManifests:
         accept: list[str],
         digest: Digest,
         media_type: str,
+        response: UpstreamResponse,
         *,
         claimed: bool = False,
     ) -> None:
         """Record what upstream returned for a tag. A claimed entry leaves the last one that is not claimed in place."""
         public = principal.identity == PUBLIC
-        new = TagEntry(accept_key(accept_set(accept)), digest, media_type, self._clock(), public, claimed)
+        relayed = response.sender is not None
+        new = TagEntry(accept_key(accept_set(accept)), digest, media_type, self._clock(), public, claimed, relayed)
         key = principal.repository.key
         entries = [
             entry
@@ -603,8 +610,14 @@ class CachedManifests:
                     "digest": str(entry.digest),
                     "type": entry.media_type,
                     "checked": entry.checked_at,
+                    **({"relayed": True} if entry.relayed else {}),
                 }
         try_put(self._records, record, "tag", key, tag)
+
+
+def _status(response: UpstreamResponse) -> str:
+    """Return the cache status of content that was not here: upstream or a member of the fleet has sent it."""
+    return "MISS" if response.sender is None else "PEER"
 
 
 def _visibility(principal: UpstreamPrincipal) -> Visibility:

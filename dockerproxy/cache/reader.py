@@ -280,6 +280,7 @@ class _DirectReader:
             self._hasher.update(data)
             self._buffer += data
         elif self._hasher.hexdigest() != self._digest.hex:
+            self._source.report_mismatch()
             raise UpstreamBroken(f"upstream returned content that does not match {self._digest}")
         else:
             self._verified = True

@@ -11,7 +11,13 @@ from typing import Any
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from dockerproxy.cache.upstream import RegistryClient, UpstreamRepository, UpstreamResponse, error_from_response
+from dockerproxy.cache.upstream import (
+    RegistryClient,
+    Sender,
+    UpstreamRepository,
+    UpstreamResponse,
+    error_from_response,
+)
 from dockerproxy.errors import RegistryError, ResponseCutOff, UpstreamBroken, UpstreamError, UpstreamTimeout
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest
@@ -93,12 +99,23 @@ class ResumableGet:
         self._cut_off_at = -1  # the offset at which the connection was cut off last
         self.offset = offset
         self.size: int | None = None
+        self._senders: set[Sender] = set()  # that have sent content in upstream's place
         self._read_ahead = read_ahead
 
     @property
     def is_open(self) -> bool:
         """Whether there is an open response from upstream."""
         return self._response is not None
+
+    @property
+    def is_from_member(self) -> bool:
+        """Whether a member of the fleet has sent content, in upstream's place."""
+        return bool(self._senders)
+
+    def report_mismatch(self) -> None:
+        """Note that the content does not match the digest."""
+        for sender in self._senders:
+            sender.report_mismatch(self._digest)
 
     async def open(self) -> None:
         """Send the request. Raise the error that upstream responds with, `PartialTooLong`, or `UpstreamError`.
@@ -131,9 +148,13 @@ class ResumableGet:
                         self.abort()
                         return []
                     self._cut_off_at = self.offset
+                sender = None if self._response is None else self._response.sender
+                if sender is not None:
+                    sender.report_failure(error)
                 self.abort()
                 delay = next(delays, None)
-                if delay is None or isinstance(error, (PartialTooLong, UpstreamTooSlow)):  # a retry cannot succeed
+                is_final = isinstance(error, PartialTooLong) or (isinstance(error, UpstreamTooSlow) and sender is None)
+                if delay is None or is_final:  # a retry cannot succeed
                     raise
                 await self._back_off(max(delay, self._retry_after(error)), error)
 
@@ -247,6 +268,7 @@ class ResumableGet:
         elif response.status != 200:
             raise await error_from_response(registry, response, "BLOB_UNKNOWN")
         if self.size is not None and size is not None and size != self.size:
+            self.report_mismatch()
             raise UpstreamBroken(f"{registry} reported {self.size} and then {size} bytes for {self._digest}")
         if size is not None and size < self.offset:
             raise PartialTooLong(
@@ -345,6 +367,8 @@ class ResumableGet:
                 count, rest = max(0, count - len(remainder[0])), remainder[0][count:]
                 remainder[:1] = [rest] if rest else []
         self._buffer, self._response = remainder, response
+        if response.sender is not None:
+            self._senders.add(response.sender)
 
 
 def _is_coded(response: UpstreamResponse) -> bool:

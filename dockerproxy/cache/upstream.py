@@ -61,12 +61,26 @@ class UpstreamRepository:
         return f"/v2/{self.name}/manifests/{reference}"
 
 
+class Sender(Protocol):
+    """A member of the fleet that sends content in upstream's place."""
+
+    def report_failure(self, error: UpstreamError) -> None:
+        """Note that a response of the member has failed, so that the next request goes elsewhere."""
+
+    def report_mismatch(self, digest: Digest) -> None:
+        """Note that content that the member sent, at least in part, does not match `digest`."""
+
+
 class UpstreamResponse(Protocol):
-    """A response from upstream whose body has not been read yet."""
+    """A response from upstream whose body has not been read yet.
+
+    `sender` is the member of the fleet that has sent it in upstream's place, None if upstream itself has.
+    """
 
     status: int
     headers: Headers
     length: int | None
+    sender: Sender | None
 
     def limit_read_ahead(self, size: int) -> None: ...
 
@@ -87,6 +101,7 @@ class WrappedResponse(UpstreamResponse):
     """A response that is read through another object. A subclass reads the pieces of `_response` in `read_chunk`."""
 
     _response: UpstreamResponse
+    sender: Sender | None = None
 
     async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
         """Return the next piece in a list; an empty list at the end."""

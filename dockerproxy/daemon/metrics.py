@@ -21,7 +21,7 @@ from itertools import accumulate, product
 from attrs import field, frozen
 from twisted.logger import Logger
 
-CACHE_STATUSES = ("HIT", "MISS", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
+CACHE_STATUSES = ("HIT", "MISS", "PEER", "JOINED", "REVALIDATED", "STALE", "PASS", "-")
 """Values of the label `verdict`, as in the access log."""
 
 KINDS = ("manifest", "blob", "tags", "referrers", "token", "other")
@@ -41,6 +41,9 @@ FAILURE_REASONS = ("timeout", "dns", "refused", "unreachable", "tls", "reset", "
 """Values of the label `reason` of failures; see `UpstreamError.reason`."""
 
 EVICTION_REASONS = ("room", "inactive")
+
+PEER_DIRECTIONS = ("received", "sent")
+PEER_STATES = ("up", "down")
 
 REFUSING_SETTINGS = (
     "ALLOW_CLIENTS", "ALLOW_DELETE", "ALLOW_PUSH", "ALLOWED_HOSTS", "CACHE_MAX_BLOB_SIZE", "CACHE_MAX_SIZE",
@@ -153,7 +156,17 @@ DOWNLOADS = Family("downloads", "Downloads from registries in progress.", is_gau
 
 RELOAD_SUCCESS = Family("reload_success", "Whether the settings could be used when they were last read.", is_gauge=True)
 
-GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS, RELOAD_SUCCESS)
+PEER_BYTES = Family(
+    "peer_bytes_total",
+    "Bytes of manifests and blobs that members of the fleet (FLEET) have sent to this one, and this one to them.",
+    (("direction", PEER_DIRECTIONS),),
+)
+PEERS = Family(
+    "peers", "Other members of the fleet by their state, as the main process sees it.", (("state", PEER_STATES),),
+    is_gauge=True,
+)  # fmt: skip
+
+GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS, RELOAD_SUCCESS, PEER_BYTES, PEERS)
 """The families that exist once."""
 
 
@@ -216,18 +229,24 @@ class Metrics:
 
     def for_process(self, process: int) -> Metrics:
         """Return a view that counts for the process with index `process`, and set the gauges of that process to 0."""
-        first_word = process * self._words_per_process
-        metrics = Metrics(self._counters, self._names, self._words_per_process, first_word)
+        counters, first_word = self._counters, process * self._words_per_process
+        metrics = Metrics(counters, self._names, self._words_per_process, first_word)
         metrics.read_registries()
         for family in GLOBAL_FAMILIES:
             if family.is_gauge:
-                metrics.set(family, 0)
+                start = first_word + _GLOBAL_START[family]
+                counters[start : start + family.words] = memoryview(bytes(_COUNTER_SIZE * family.words)).cast("Q")
         return metrics
 
     @property
     def registries(self) -> frozenset[str]:
         """The values of the label `registry`."""
         return frozenset(self._registries)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the view of the main process."""
+        return self._first_word == 0
 
     def add_registries(self, names: Iterable[str]) -> None:
         """Add values of the label `registry`. Call this in the main process; the others call `read_registries` then.
@@ -302,6 +321,15 @@ class Metrics:
     def count_evictions(self, reason: str, count: int) -> None:
         """Count blobs and partial downloads that left the cache for one of `EVICTION_REASONS`."""
         self._add(EVICTIONS, EVICTION_REASONS.index(reason), count)
+
+    def count_peer_bytes(self, direction: str, size: int) -> None:
+        """Count `size` bytes that members of the fleet have sent: a `direction` of `PEER_DIRECTIONS`."""
+        self._add(PEER_BYTES, PEER_DIRECTIONS.index(direction), size)
+
+    def set_peers(self, up: int, down: int) -> None:
+        """Set how many other members of the fleet are up, and how many are down."""
+        start = self._first_word + _GLOBAL_START[PEERS]
+        self._counters[start], self._counters[start + 1] = up, down
 
     def set(self, gauge: Family, value: int) -> None:
         """Set a gauge of this process. Its value is the sum over all processes."""

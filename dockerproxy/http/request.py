@@ -171,6 +171,11 @@ class Request:
         self.because = error.message
         self.reason = "" if error.forwarded else reason_phrase(error.message)
 
+    def report_progress(self) -> None:
+        """Tell the client that its request is being handled (102, RFC 2518, section 10.1)."""
+        if not self.started and not self.finished and self.head.version == (1, 1):
+            self._channel.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+
     # Request body
 
     @property

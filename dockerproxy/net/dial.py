@@ -55,6 +55,7 @@ class Dialer:
 
     `overrides` maps a host to the address and port to use instead of DNS; the address check and `proxy` are then
     skipped. `connect_timeout` is the limit in seconds for DNS, all attempts and the proxy's response together.
+    `source_address` returns the address of this machine to connect from, or None for the one that the kernel chooses.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Dialer:
         ipv6: bool = True,
         proxy: UpstreamProxy | None = None,
         connect_timeout: float = 60.0,
+        source_address: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._reactor = reactor
         self._resolver = resolver
+        self._source_address = source_address
         self._overrides = dict(overrides or {})
         self._ipv6 = ipv6
         self._proxy = proxy
@@ -145,7 +148,8 @@ class Dialer:
     async def _dial_parallel(
         self, host: Host, targets: Sequence[tuple[str, int]], factory: IProtocolFactory
     ) -> IProtocol:
-        happy_eyeballs = _HappyEyeballs(self._reactor, targets, factory, self._connect_timeout)
+        source = self._source_address()
+        happy_eyeballs = _HappyEyeballs(self._reactor, targets, factory, self._connect_timeout, source)
         try:
             return await happy_eyeballs.start()
         except RegistryError:
@@ -215,12 +219,18 @@ class _HappyEyeballs:
     """
 
     def __init__(
-        self, reactor: Any, targets: Sequence[tuple[str, int]], factory: IProtocolFactory, timeout: float
+        self,
+        reactor: Any,
+        targets: Sequence[tuple[str, int]],
+        factory: IProtocolFactory,
+        timeout: float,
+        source_address: str | None,
     ) -> None:
         self._reactor = reactor
         self._targets = list(targets)
         self._factory = factory
         self._timeout = timeout
+        self._bind_address = None if source_address is None else (source_address, 0)
         self._pending: list[Deferred[IProtocol]] = []
         self._next_attempt_call: Any = None
         self._first_failure: Failure | None = None
@@ -237,7 +247,8 @@ class _HappyEyeballs:
         if self._targets:
             self._next_attempt_call = self._reactor.callLater(_CONNECTION_ATTEMPT_DELAY, self._start_attempt)
         endpoint = TCP6ClientEndpoint if ":" in address else TCP4ClientEndpoint
-        attempt: Deferred[IProtocol] = endpoint(self._reactor, address, port, self._timeout).connect(self._factory)
+        connector = endpoint(self._reactor, address, port, self._timeout, self._bind_address)
+        attempt: Deferred[IProtocol] = connector.connect(self._factory)
         self._pending.append(attempt)
         attempt.addCallbacks(self._on_connected, self._on_failed, callbackArgs=(attempt,), errbackArgs=(attempt,))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
@@ -118,6 +119,13 @@ class CertificateAuthority:
     def expires_at(self) -> float:
         """The POSIX time at which clients stop to trust the CA: the end of that certificate or of the issuing one."""
         return min(validity(certificate)[1] for certificate in (self._issuer.trusted, self._issuer.certificate))
+
+    def derive_secret(self, purpose: str) -> bytes:
+        """Return 32 bytes that only who has the CA's key can know. All daemons with this CA get the same."""
+        key = self._issuer.key.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return hmac.digest(key, f"docker-registry-proxy {purpose}".encode(), "sha256")
 
     def context_for(self, name: str) -> ServerContext:
         """Return the server context for the host `name`: a DNS name, or an IP address without brackets.

@@ -32,6 +32,7 @@ _NOT_FORWARDED = ("alt-svc", "x-cache")
 _CACHE_STATUS_MEMBERS = {
     "HIT": "docker-registry-proxy;hit",
     "MISS": "docker-registry-proxy;fwd=miss",
+    "PEER": "docker-registry-proxy;fwd=miss;detail=peer",
     "JOINED": "docker-registry-proxy;fwd=miss;collapsed",
     "REVALIDATED": "docker-registry-proxy;fwd=stale",
     "STALE": "docker-registry-proxy;hit;detail=stale",

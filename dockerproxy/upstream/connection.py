@@ -97,6 +97,9 @@ class Response:
     the number of bytes that are read.
     """
 
+    sender: Any = None
+    """It is upstream's own; see `cache.upstream.UpstreamResponse`."""
+
     def __init__(self, url: str, head: ResponseHead, stream: ByteStream, connection: UpstreamConnection) -> None:
         self.url = url
         self.status = head.status

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from OpenSSL import SSL
+from OpenSSL.crypto import FILETYPE_PEM, load_certificate
 from service_identity import CertificateError, VerificationError
 from service_identity.pyopenssl import verify_hostname, verify_ip_address
 from twisted.internet.interfaces import IAddress
@@ -51,6 +52,20 @@ class ClientContext:
                 _load_ca_file(context, ca_file)
         # pyOpenSSL forbids changes to a context once a connection has used it, so it is complete here.
         self._context = context
+
+    @classmethod
+    def trusting(cls, certificate: bytes) -> ClientContext:
+        """Return the settings for servers whose certificates the CA `certificate` (PEM) has signed, and no other."""
+        self = cls.__new__(cls)
+        self.verify = True
+        self._context = context = SSL.Context(SSL.TLS_METHOD)
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        set_mode(context)
+        context.set_verify(SSL.VERIFY_PEER)
+        store = context.get_cert_store()
+        assert store is not None
+        store.add_cert(load_certificate(FILETYPE_PEM, certificate))
+        return self
 
     def handshake(self, host: Host) -> ClientHandshake:
         """Return a new handshake for one connection to `host`."""

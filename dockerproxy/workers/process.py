@@ -125,7 +125,7 @@ class WorkerProcess:
             self._server.listeners,
             NoPorts(),
             self._server.transfers,
-            self._server.agent.close,
+            self._server.close_upstreams,
             lambda abort: None,
         )
         sites = {listener.setting: listener.site for listener in self._server.listeners}

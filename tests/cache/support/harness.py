@@ -172,6 +172,7 @@ class CacheHarness:
             tombstones=self.tombstones,
             multi_process=shared,
             upstream=self.upstream,
+            content=self.upstream,
             agent=self.agent,
             board=self.board.for_process(0),
         )

@@ -30,6 +30,8 @@ _NO_HEADERS = Headers()
 class ScriptedResponse:
     """A response with the body `body`, of which the first `sent` bytes have arrived (None: all)."""
 
+    sender: Any = None
+
     def __init__(
         self,
         status: int = 200,

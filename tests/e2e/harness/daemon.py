@@ -25,7 +25,7 @@ CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
 
 # CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS [BECAUSE], after the prefix of the log line
 _ACCESS_LINE = re.compile(
-    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|JOINED|REVALIDATED|STALE|PASS|-)(?: (.+))?$",
+    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|PEER|JOINED|REVALIDATED|STALE|PASS|-)(?: (.+))?$",
     re.MULTILINE,
 )
 _TRACEBACK = re.compile(

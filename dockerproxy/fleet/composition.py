@@ -1,0 +1,99 @@
+"""The composition of the parts that make a daemon a member of a fleet. It is imported only if FLEET is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from ipaddress import ip_address
+from typing import Any
+
+from attrs import field, frozen
+
+from dockerproxy.cache.pullthrough import PullThrough
+from dockerproxy.cache.upstream import RegistryClient
+from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver, check_list
+from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenRegistry
+from dockerproxy.fleet.members import Members
+from dockerproxy.fleet.transport import HTTPMemberTransport
+from dockerproxy.fleet.upstream import FleetUpstream, PeerMeter
+from dockerproxy.fleet.waits import Waits
+from dockerproxy.http.site import Site
+from dockerproxy.oci.names import Host
+from dockerproxy.store.records import Records
+from dockerproxy.upstream.tls import ClientContext
+
+__all__ = ["Fleet", "FleetInvalid", "compose_fleet"]
+
+
+@frozen
+class Fleet:
+    """The parts of a member. `sites` are those of its listeners."""
+
+    members: Members
+    waits: Waits
+    transport: HTTPMemberTransport
+    directory: Directory
+    meter: PeerMeter
+    timeout: float
+    sites: list[Site] = field(factory=list)
+
+    def start(self, reactor: Any, sites: Iterable[Site]) -> None:
+        """Serve members at `sites`. Begin to look for members when the reactor runs."""
+        self.sites.extend(sites)
+        reactor.callWhenRunning(self.directory.start)
+
+    def door(
+        self,
+        pull_through: PullThrough,
+        mirror: MirrorDoor,
+        intercepted: InterceptedDoor,
+        mirror_for: Callable[[OpenRegistry], MirrorDoor],
+        intercepted_for: Callable[[OpenRegistry], InterceptedDoor],
+    ) -> FleetDoor:
+        """Return the door for members; `pull_through` serves them."""
+        return FleetDoor(
+            self.directory.clock, self.members, self.waits, pull_through, self.meter, self.timeout, self._is_draining,
+            mirror, intercepted, mirror_for, intercepted_for,
+        )  # fmt: skip
+
+    def _is_draining(self) -> bool:
+        return any(site.draining for site in self.sites)
+
+    def content_client(self, upstream: RegistryClient) -> FleetUpstream:
+        """Return the client of the cache for content, which asks members before `upstream`."""
+        return FleetUpstream(upstream, self.members, self.transport, self.waits, self.meter)
+
+
+def compose_fleet(
+    reactor: Any,
+    listed: tuple[Host, ...],
+    address: Host | None,
+    ports: frozenset[int],
+    timeout: float,
+    *,
+    is_own_address: IsOwnAddress,
+    resolver: MemberResolver,
+    ca_certificate: bytes,
+    records: Records | None,
+    meter: PeerMeter,
+) -> Fleet:
+    """Return the parts of a member. Raise `FleetInvalid`.
+
+    `records` are given if several processes serve. `ca_certificate` (PEM) is that of the CA that all members have.
+    """
+    identity = Identity(address, ports, is_own_address)
+    members = Members(reactor.seconds)
+    tls = ClientContext.trusting(ca_certificate)
+    transport = HTTPMemberTransport(reactor, tls, timeout, partial(_source_address, members, is_own_address))
+    directory = Directory(reactor, listed, identity, resolver, members, transport.use)
+    if directory.name is None:
+        check_list(listed, identity)
+    return Fleet(members, Waits(reactor, records), transport, directory, meter, timeout)
+
+
+def _source_address(members: Members, is_own_address: Callable[[Any], bool]) -> str | None:
+    """Return the address to connect from, so that members know this one; None if another machine translates it."""
+    if not members.me:
+        return None
+    name = Host.parse(members.me).name
+    return name if is_own_address(ip_address(name)) else None

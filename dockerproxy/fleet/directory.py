@@ -1,0 +1,136 @@
+"""The list of members: the addresses in FLEET, or those of one name, which is looked up again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any, Protocol
+
+from attrs import define, field, frozen
+from twisted.logger import Logger
+
+from dockerproxy.concurrency import spawn
+from dockerproxy.errors import RegistryError
+from dockerproxy.fleet.members import Members
+from dockerproxy.oci.names import Host
+
+LOOKUP_INTERVAL = 10.0
+"""Seconds between two look-ups of the name in FLEET."""
+
+_MAX_MEMBERS = 1000
+
+log = Logger()
+
+IsOwnAddress = Callable[[IPv4Address | IPv6Address], bool]
+
+
+class FleetInvalid(Exception):
+    """FLEET and FLEET_ADDRESS do not tell which member this daemon is. The message is a sentence without its end."""
+
+
+class MemberResolver(Protocol):
+    """Resolves host names; see `net.resolver.NameResolver`."""
+
+    async def resolve(self, name: str, client: str = "") -> list[str]: ...
+
+
+@frozen
+class Identity:
+    """How this daemon finds itself in the list: by FLEET_ADDRESS, or else as an address of the machine.
+
+    `ports` are those on which the proxy listens.
+    """
+
+    address: Host | None
+    ports: frozenset[int]
+    is_own_address: IsOwnAddress
+
+    def find(self, members: Iterable[Host]) -> Host | None:
+        """Return the member that this daemon is, None if it is not among them. Raise `FleetInvalid` if several are."""
+        if self.address is not None:
+            return self.address if self.address in members else None
+        own = [one for one in members if one.port in self.ports and self.is_own_address(ip_address(one.name))]
+        if len(own) > 1:
+            names = " and ".join(one.authority for one in own)
+            raise FleetInvalid(f"FLEET names this machine more than once ({names}); set FLEET_ADDRESS to its own entry")
+        return own[0] if own else None
+
+
+def check_list(listed: tuple[Host, ...], identity: Identity) -> None:
+    """Raise `FleetInvalid` if this daemon is not exactly one of the addresses `listed`."""
+    if identity.find(listed) is not None:
+        return
+    if identity.address is not None:
+        raise FleetInvalid(f"FLEET does not have FLEET_ADDRESS, {identity.address.authority}")
+    ports = " or ".join(map(str, sorted(identity.ports)))
+    raise FleetInvalid(
+        f"FLEET has no address of this machine with the port of the proxy ({ports}); add it, or set FLEET_ADDRESS to"
+        " the entry that is this daemon"
+    )
+
+
+@define(eq=False)
+class Directory:
+    """Keeps `members` up to date. `on_changed` is called with the names after each change.
+
+    If the name in FLEET has no addresses, the last list is kept.
+    """
+
+    clock: Any
+    _listed: tuple[Host, ...]
+    _identity: Identity
+    _resolver: MemberResolver
+    _members: Members
+    _on_changed: Callable[[tuple[str, ...]], object]
+    _has_warned: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> Host | None:
+        """The name that is looked up; None if FLEET has addresses."""
+        return self._listed[0] if len(self._listed) == 1 and not self._listed[0].is_address else None
+
+    def start(self) -> None:
+        """Use the addresses in FLEET, or begin to look the name up."""
+        if self.name is None:
+            self._use(self._listed)
+        else:
+            spawn(self._look_up(self.name), "looking up the members of the fleet")
+
+    async def _look_up(self, name: Host) -> None:
+        try:
+            addresses = await self._resolver.resolve(name.name)
+        except RegistryError as error:
+            addresses, reason = [], error.message
+        else:
+            reason = "it has no address"
+        if addresses:
+            self._use(tuple(Host.parse(f"[{one}]" if ":" in one else one, name.port) for one in addresses))
+        elif not self._has_warned:
+            self._has_warned = True
+            known = len(self._members.names)
+            log.warn(
+                "FLEET: {name} cannot be looked up ({reason}); {action}",
+                name=name.name, reason=reason,
+                action=f"the last {known} members are kept" if known else "this daemon serves alone until it can",
+            )  # fmt: skip
+        self.clock.callLater(LOOKUP_INTERVAL, self.start)
+
+    def _use(self, hosts: tuple[Host, ...]) -> None:
+        names = tuple(sorted({host.authority for host in hosts}))[:_MAX_MEMBERS]
+        try:
+            me = self._identity.find(hosts)
+        except FleetInvalid as error:
+            if not self._has_warned:
+                self._has_warned = True
+                log.warn("{reason}; the last members are kept", reason=str(error))
+            return
+        self._has_warned = False
+        own_name = "" if me is None else me.authority
+        if (names, own_name) == (self._members.names, self._members.me):
+            return
+        self._members.use(names, own_name)
+        self._on_changed(names)
+        log.info(
+            "the fleet has {count} members: {names}; this daemon is {me}",
+            count=len(names), names=" ".join(names), me=own_name or "not among them",
+        )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The door for other members of the fleet: their requests are served from upstream and the cache, never from a member.
+
+A request counts as a member's if it has the field of `hop` and comes from the address of a member. It has no more
+rights than one of a client. It is served by a cache of its own over the same files. Its client asks upstream only.
+Downloads of the two caches are shared as those of two processes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+from attrs import field, frozen
+from twisted.internet.task import LoopingCall
+
+from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
+from dockerproxy.errors import (
+    BlobUnknown,
+    DestinationForbidden,
+    ManifestUnknown,
+    RangeInvalid,
+    RegistryError,
+    ServiceOverloaded,
+    Unauthorized,
+    UpstreamError,
+    UpstreamRefused,
+)
+from dockerproxy.fleet.hop import ANSWER_FIELD, FIELD, OWN_WORD, UPSTREAM_WORD, Hop, HopLogin, parse_hop
+from dockerproxy.fleet.members import Members, repository_key
+from dockerproxy.fleet.upstream import PeerMeter
+from dockerproxy.fleet.waits import Waits
+from dockerproxy.http.request import Request
+from dockerproxy.http.security_fields import SECURITY_FIELDS
+from dockerproxy.oci.content import BlobResponse, ManifestResponse
+from dockerproxy.oci.names import Digest, Host, Reference, Registry, Repository
+from dockerproxy.registry.upstream import Namespace, UpstreamRegistry
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+
+_FIELD = FIELD.lower()
+_MAX_PROGRESS = 120.0  # seconds for which a member is told that its request is being handled
+_UPSTREAM_WORDS = (UpstreamError, UpstreamRefused, Unauthorized, ManifestUnknown, BlobUnknown, RangeInvalid)
+
+
+class MirrorDoor(Protocol):
+    """Responds to a request to the mirror; see `registry.intercepted.Mirror`."""
+
+    def handle(self, request: Request, namespace: Namespace | None) -> Awaitable[None]: ...
+
+
+class InterceptedDoor(Protocol):
+    """Responds to a request to a registry under its own name; see `registry.intercepted.Intercepted`."""
+
+    def handle(self, server: Registry, request: Request) -> Awaitable[None]: ...
+
+
+OpenRegistry = Callable[[Registry, "str | None", str], UpstreamRegistry]
+"""Returns the registry for a client; see `registry.intercepted`."""
+
+
+@frozen
+class MemberRegistry(CachedRegistry):
+    """One registry as seen by another member, which names the login that it asks for."""
+
+    hop: Hop = field(kw_only=True)
+    waits: Waits = field(kw_only=True)
+
+    @property
+    def credential(self) -> Credential:
+        """The credential that the member asks for. Raise `ServiceOverloaded` if this one has no such login."""
+        if self.hop.login is HopLogin.NONE:
+            return Anonymous()
+        if self.hop.login is HopLogin.CLIENT and self.authorization is not None:
+            return ClientCredential(self.authorization)
+        login = self.cache.logins.login_for(self.registry) if self.hop.login is HopLogin.CONFIGURED else None
+        if login is None:
+            raise ServiceOverloaded(f"this member has no login for {self.registry}")
+        return login
+
+    async def manifest(
+        self, name: Repository, reference: Reference, accept: list[str], *, head: bool
+    ) -> ManifestResponse:
+        """Return a manifest; see `CachedRegistry.manifest`. Raise `LoopDetected`."""
+        work = CachedRegistry.manifest(self, name, reference, accept, head=head)
+        return await self.waits.run(repository_key(self.registry.host, name), self.hop, work)
+
+    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
+        """Return a blob; see `CachedRegistry.blob`. Raise `LoopDetected`."""
+        work = CachedRegistry.blob(self, name, digest, head=head)
+        return await self.waits.run(f"{self.registry.host} {digest}", self.hop, work)
+
+    def _may_hold_public_token(self) -> bool:
+        return False  # the member that asks has tried that
+
+    async def _try(self, credential: Credential, attempt: Callable[[Credential], Awaitable[Any]]) -> Any:
+        return await attempt(credential)  # the member that asks has other logins, too
+
+
+@frozen
+class FleetDoor:
+    """Decides for each request to the mirror or to an intercepted registry whether a member sends it.
+
+    `mirror` and `intercepted` serve clients. `mirror_for` and `intercepted_for` return those that serve a member, with
+    a function that opens registries. `is_draining` says whether this daemon is stopping.
+    """
+
+    clock: Any
+    members: Members
+    waits: Waits
+    pull_through: PullThrough
+    meter: PeerMeter
+    timeout: float
+    is_draining: Callable[[], bool]
+    mirror: MirrorDoor
+    intercepted: InterceptedDoor
+    mirror_for: Callable[[OpenRegistry], MirrorDoor]
+    intercepted_for: Callable[[OpenRegistry], InterceptedDoor]
+
+    def handle_mirror(self, request: Request, namespace: Namespace | None) -> Awaitable[None]:
+        """Return the awaitable that responds to a request to the mirror. Raise `RegistryError`."""
+        hop = self._hop(request)
+        if hop is None:
+            return self.mirror.handle(request, namespace)
+        return self._serve(request, lambda: self.mirror_for(self._open(hop)).handle(request, namespace))
+
+    def handle_intercepted(self, server: Registry, request: Request) -> Awaitable[None]:
+        """Return the awaitable that responds to a request to `server`. Raise `RegistryError`."""
+        hop = self._hop(request)
+        if hop is None:
+            return self.intercepted.handle(server, request)
+        return self._serve(request, lambda: self.intercepted_for(self._open(hop)).handle(server, request))
+
+    def _hop(self, request: Request) -> Hop | None:
+        """Return the hop if the sender is a member, else None."""
+        value = request.headers.joined(_FIELD)
+        hop = None if value is None or request.method not in ("GET", "HEAD") else parse_hop(value)
+        if hop is None or hop.sender not in self.members.names or not _is_from(request.client, hop.sender):
+            return None
+        return hop
+
+    def _open(self, hop: Hop) -> OpenRegistry:
+        return partial(self._open_registry, hop)
+
+    def _open_registry(self, hop: Hop, registry: Registry, authorization: str | None, client: str) -> MemberRegistry:
+        authorization = authorization if hop.login is HopLogin.CLIENT else None
+        return MemberRegistry(self.pull_through, registry, authorization, None, client, hop=hop, waits=self.waits)
+
+    async def _serve(self, request: Request, handle: Callable[[], Awaitable[None]]) -> None:
+        """Serve a member. Until the response starts, tell it that this daemon lives."""
+        started = self.clock.seconds()
+
+        def report_progress() -> None:
+            if request.started or request.finished or self.clock.seconds() - started > _MAX_PROGRESS:
+                progress.stop()
+            else:
+                request.report_progress()
+
+        progress = LoopingCall(report_progress)
+        progress.clock = self.clock
+        progress.start(self.timeout / 3, now=False).addErrback(lambda _: None)
+        try:
+            if self.is_draining():
+                raise ServiceOverloaded("this member is stopping", headers=[("Retry-After", "1")])
+            work = handle()  # which sets the fields, and sends nothing yet
+            _mark(request, UPSTREAM_WORD)
+            await work
+        except RegistryError as error:
+            is_own = not isinstance(error, _UPSTREAM_WORDS) or isinstance(error, DestinationForbidden)
+            _mark(request, OWN_WORD if is_own else UPSTREAM_WORD)
+            raise
+        finally:
+            if progress.running:
+                progress.stop()
+            self.meter.count_peer_bytes("sent", request.bytes_sent)
+
+
+def _mark(request: Request, word: str) -> None:
+    """Tell the member whether the response is upstream's word or our own."""
+    request.security_fields = f"{SECURITY_FIELDS}{ANSWER_FIELD}: {word}\r\n"
+
+
+def _is_from(client: str, member: str) -> bool:
+    """Return whether `client`, an address, is that of `member`."""
+    try:
+        address = ip_address(client)
+    except ValueError:  # a Unix socket
+        return False
+    return str(getattr(address, "ipv4_mapped", None) or address) == Host.parse(member).name

@@ -1,0 +1,122 @@
+"""The members of a fleet, and the order in which they are asked for content. PURE.
+
+The order is rendezvous hashing: each member has a score for each key, and the one with the highest owns the key. If a
+member comes or goes, only its own keys move, and the former owner of a key is then the second in the order. The order
+is a hint. Any member can do any work, so that lists that differ cost a second transfer and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+from attrs import define, field
+
+RETRY_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Seconds for which a member is left alone after its first failure, the second in succession, and so on."""
+
+
+def blob_key(digest: object) -> str:
+    """Return the key of a blob, which all registries share."""
+    return str(digest)
+
+
+def repository_key(host: object, name: object) -> str:
+    """Return the key of the manifests and tags of a repository, so that one member answers for a tag."""
+    return f"{host}/{name}"
+
+
+@lru_cache(4096)
+def ordered(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `names` in the order of their scores for `key`, the owner first."""
+    scores = {name: blake2b(f"{name}\n{key}".encode(), digest_size=8).digest() for name in names}
+    return tuple(sorted(names, key=lambda name: (scores[name], name), reverse=True))
+
+
+@define
+class _MemberFailures:
+    """The failures of a member in succession, and until when it is left alone."""
+
+    count: int
+    until: float
+    reason: str
+
+
+@define
+class Members:
+    """The members as one process sees them. `now` returns seconds of a clock that is never set.
+
+    `me` is this daemon's own name, `""` if it is not in the list. Each process learns of failures by its own requests.
+    """
+
+    _now: Callable[[], float]
+    me: str = ""
+    _names: tuple[str, ...] = ()
+    _failures: dict[str, _MemberFailures] = field(factory=dict, init=False)
+
+    def use(self, names: Iterable[str], me: str) -> None:
+        """Replace the list. Members that stay keep their state."""
+        self._names, self.me = tuple(sorted(set(names))), me
+        self._failures = {name: failures for name, failures in self._failures.items() if name in self._names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All members, sorted."""
+        return self._names
+
+    def ranked(self, key: str) -> Sequence[str]:
+        """Return the members in the order for `key` without those that are down. This daemon is never down."""
+        return [name for name in ordered(key, self._names) if not self.is_down(name)]
+
+    def owns(self, key: str) -> bool:
+        """Return whether this daemon is the owner of `key` if all members are up."""
+        return bool(self._names) and ordered(key, self._names)[0] == self.me
+
+    def is_down(self, name: str) -> bool:
+        """Return whether `name` is left alone now, because it has failed."""
+        failures = self._failures.get(name)
+        return failures is not None and name != self.me and self._now() < failures.until
+
+    def failed(self, name: str, reason: str) -> bool:
+        """Note that `name` has failed now. Return whether it was not known to be failing.
+
+        Requests that fail together count once.
+        """
+        failures, now = self._failures.get(name), self._now()
+        if name not in self._names or name == self.me:
+            return False
+        if failures is None:
+            self._failures[name] = _MemberFailures(1, now + RETRY_DELAYS[0], reason)
+            return True
+        failures.reason = reason
+        if now >= failures.until:
+            failures.until = now + RETRY_DELAYS[min(failures.count, len(RETRY_DELAYS) - 1)]
+            failures.count += 1
+        return False
+
+    def distrusted(self, name: str, reason: str, seconds: float) -> None:
+        """Leave `name` alone for that long, because its content was wrong."""
+        if name in self._names and name != self.me:
+            self._failures[name] = _MemberFailures(len(RETRY_DELAYS), self._now() + seconds, reason)
+
+    def worked(self, name: str) -> bool:
+        """Note that `name` has answered. Return whether it was known to be failing."""
+        failures = self._failures.get(name)
+        if failures is None or self._now() < failures.until:  # one that is left alone had begun to answer before
+            return False
+        del self._failures[name]
+        return True
+
+    def states(self) -> dict[str, str]:
+        """Return the state of each member: ``me``, ``up``, or why it is down."""
+        return {
+            name: "me" if name == self.me else self._failures[name].reason if name in self._failures else "up"
+            for name in self._names
+        }
+
+    def count_others(self) -> tuple[int, int]:
+        """Return how many other members are up, and how many are down or have not answered since they were."""
+        others = [name for name in self._names if name != self.me]
+        down = sum(name in self._failures for name in others)
+        return len(others) - down, down

@@ -1,0 +1,336 @@
+"""The client of the cache for manifests and blobs in a fleet: it asks the owner of the content before upstream.
+
+A member is asked as upstream would be, and serves as it serves a client: it checks access with the credential that it
+is shown, joins its download, or begins one from upstream. If it fails, the next in the order is asked, at last upstream
+itself. A download resumes there by Range, because `ResumableGet` sends each of its requests through here.
+
+Blobs of clients without a credential come in the clear, because their digest proves them. Everything else comes over
+TLS with the CA of the fleet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+from attrs import field, frozen
+from twisted.logger import Logger
+
+from dockerproxy.cache.upstream import RegistryClient, UpstreamResponse, WrappedResponse
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing
+from dockerproxy.fleet.hop import ANSWER_FIELD, UPSTREAM_WORD, Hop, HopKind, HopLogin
+from dockerproxy.fleet.members import Members, blob_key, repository_key
+from dockerproxy.fleet.waits import Waits
+from dockerproxy.http.headers import Headers
+from dockerproxy.http.stream import ClientBuffers
+from dockerproxy.oci.manifests import MAX_MANIFEST
+from dockerproxy.oci.names import Digest, Reference, Registry, Repository
+from dockerproxy.oci.routes import Kind, route
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+
+_NO_HEADERS = Headers()
+_PASSED_FIELDS = frozenset({"accept", "range"})
+_MAX_TRIES = 3  # members that may fail, each after some seconds, before upstream itself is asked
+_SHORT = 64 * 1024  # bytes; a shorter response is read as a whole, so that another member can take over
+_DISTRUST = 600.0  # seconds for which a member that sent wrong content is left alone
+_UNUSABLE = frozenset({307, 308, 429, 500, 503, 507, 508})
+
+log = Logger()
+
+
+@frozen
+class Question:
+    """A GET or HEAD of a manifest or blob that members can answer. `wait_key` is its key in `Waits`."""
+
+    method: str
+    registry: Registry
+    path: str
+    headers: Headers
+    credential: Credential
+    key: str
+    wait_key: str
+    kind: Kind
+    reference: Reference
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it may be asked without TLS."""
+        return self.kind is Kind.BLOB and isinstance(self.credential, Anonymous)
+
+    @property
+    def login(self) -> HopLogin:
+        if isinstance(self.credential, Anonymous):
+            return HopLogin.NONE
+        return HopLogin.CLIENT if isinstance(self.credential, ClientCredential) else HopLogin.CONFIGURED
+
+
+class MemberTransport(Protocol):
+    """Sends requests to members."""
+
+    async def ask(self, member: str, question: Question, hop: Hop) -> UpstreamResponse:
+        """Return the response of `member`, with any status. Raise `UpstreamError`."""
+
+
+@frozen
+class MemberSender:
+    """A member that sends content. Equal ones are the same member."""
+
+    name: str
+    _members: Members = field(eq=False)
+
+    def report_failure(self, error: UpstreamError) -> None:
+        """Leave the member alone for a while, longer each time."""
+        self.note_failure(error.message)
+
+    def note_failure(self, reason: str) -> None:
+        """Leave the member alone for a while, because of `reason`."""
+        if self._members.failed(self.name, reason):
+            log.warn("the member {member} is not asked for a while: {reason}", member=self.name, reason=reason)
+
+    def report_mismatch(self, digest: Digest) -> None:
+        """Leave the member alone for ten minutes."""
+        reason = f"it sent content that does not match {digest}"
+        self._members.distrusted(self.name, reason, _DISTRUST)
+        log.error("the member {member} is not asked for ten minutes: {reason}", member=self.name, reason=reason)
+
+
+class PeerMeter(Protocol):
+    """Counts the bytes between members."""
+
+    def count_peer_bytes(self, direction: str, size: int) -> None:
+        """Count `size` bytes, which were ``received`` or ``sent``."""
+
+
+class MemberFailed(Exception):
+    """A member gave no usable answer. The message is a clause that says why. If `is_down`, it is left alone."""
+
+    def __init__(self, reason: str, *, is_down: bool = True) -> None:
+        super().__init__(reason)
+        self.is_down = is_down
+
+
+class FleetUpstream:
+    """A `RegistryClient` that asks members before `upstream`. `send` and all but pulls of content go to `upstream`."""
+
+    def __init__(
+        self, upstream: RegistryClient, members: Members, transport: MemberTransport, waits: Waits, meter: PeerMeter
+    ) -> None:
+        self._upstream = upstream
+        self._members = members
+        self._transport = transport
+        self._waits = waits
+        self._meter = meter
+
+    async def request(
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        *,
+        name: Repository | None,
+        credential: Credential,
+        headers: Headers = _NO_HEADERS,
+        body: Any = None,
+        actions: str = "pull",
+        follow: bool = True,
+    ) -> UpstreamResponse:
+        """Return the response of a member or of upstream; see `UpstreamClient.request`."""
+        if method in ("GET", "HEAD") and body is None:
+            question = _question(method, registry, path, headers, credential)
+            response = None if question is None else await self._ask_members(question)
+            if response is not None:
+                return response
+        return await self._upstream.request(
+            method, registry, path,
+            name=name, credential=credential, headers=headers, body=body, actions=actions, follow=follow,
+        )  # fmt: skip
+
+    async def send(
+        self,
+        method: str,
+        registry: Registry,
+        path: str,
+        headers: Headers,
+        body: Any = None,
+        *,
+        client_connection: Hashable = None,
+    ) -> UpstreamResponse:
+        """Send a request as it is; see `UpstreamClient.send`."""
+        return await self._upstream.send(method, registry, path, headers, body, client_connection=client_connection)
+
+    async def _ask_members(self, question: Question) -> UpstreamResponse | None:
+        """Return the first usable answer in the order, or None if it is this daemon's turn to ask upstream."""
+        for member in self._members.ranked(question.key)[:_MAX_TRIES]:
+            if member == self._members.me:
+                return None
+            try:
+                return await self._ask(member, question, HopKind.OWNER)
+            except MemberFailed as failure:
+                if failure.is_down:
+                    MemberSender(member, self._members).note_failure(str(failure))
+        return None
+
+    async def _ask(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse:
+        """Return the answer of `member`. Raise `MemberFailed`, or the error of upstream if that is its answer."""
+        end_wait = self._waits.begin(question.wait_key, member)
+        try:
+            hop = Hop(self._members.me, question.login, kind)
+            try:
+                response = await self._transport.ask(member, question, hop)
+            except UpstreamError as error:
+                raise MemberFailed(error.message) from None
+            try:
+                answer = await self._checked(member, question, response)
+            except BaseException:
+                response.abort()
+                raise
+        except BaseException:
+            end_wait()
+            raise
+        if self._members.worked(member):
+            log.info("the member {member} answers again", member=member)
+        if isinstance(answer, BufferedResponse):
+            end_wait()
+            return answer
+        return MemberResponse(answer, MemberSender(member, self._members), self._meter, end_wait)
+
+    async def _checked(self, member: str, question: Question, response: UpstreamResponse) -> UpstreamResponse:
+        """Return a response that is upstream's word, read as a whole if it is short."""
+        word = response.headers.get(ANSWER_FIELD.lower())
+        if response.status in _UNUSABLE or word != UPSTREAM_WORD:
+            await response.discard()
+            raise _failure(response.status, word)
+        if response.headers.get("x-cache") == "STALE":
+            await response.discard()
+            reason = response.headers.get("x-cache-because") or "upstream does not answer"
+            raise UpstreamFailing(f"{question.registry}: {reason} (the member {member} has a stale copy)")
+        is_short = response.length is not None and response.length <= _SHORT
+        if question.method == "GET" and (question.kind is Kind.MANIFEST or is_short):
+            return await self._read(member, question, response)
+        return response
+
+    async def _read(self, member: str, question: Question, response: UpstreamResponse) -> BufferedResponse:
+        """Read a response, and check it if it is the whole content."""
+        try:
+            content = await response.read_all(MAX_MANIFEST)
+        except UpstreamError as error:
+            raise MemberFailed(error.message) from None
+        self._meter.count_peer_bytes("received", len(content))
+        digest = question.reference
+        if response.status == 200 and isinstance(digest, Digest) and Digest.of(content, digest.algorithm) != digest:
+            MemberSender(member, self._members).report_mismatch(digest)
+            raise MemberFailed(f"it sent content that does not match {digest}")
+        return BufferedResponse(response, MemberSender(member, self._members), content)
+
+
+class MemberResponse(WrappedResponse):
+    """The body of a member's response. `on_end` is called when nobody reads it any more.
+
+    A member that sends nothing for FLEET_TIMEOUT has failed, by the time-outs of the transport.
+    """
+
+    def __init__(
+        self, response: UpstreamResponse, sender: MemberSender, meter: PeerMeter, on_end: Callable[[], None]
+    ) -> None:
+        self.status, self.length = response.status, response.length
+        self.headers = response.headers.without(ANSWER_FIELD.lower(), "x-cache", "x-cache-because")
+        self.sender = sender
+        self._response = response
+        self._meter = meter
+        self._on_end = on_end
+
+    async def read_chunk(self) -> bytes:
+        return b"".join(await self.read_pieces(1, 0.0))
+
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
+        try:
+            pieces = await self._response.read_pieces(at_least, timeout)
+        except UpstreamError as error:
+            self._on_end()
+            assert self.sender is not None
+            self.sender.report_failure(error)
+            raise
+        if not pieces:
+            self._on_end()
+        self._meter.count_peer_bytes("received", sum(map(len, pieces)))
+        return pieces
+
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        try:
+            content = await self._response.read_all(limit, digest)
+        finally:
+            self._on_end()
+        self._meter.count_peer_bytes("received", len(content))
+        return content
+
+    async def discard(self) -> None:
+        self._on_end()
+        await self._response.discard()
+
+    def abort(self) -> None:
+        self._on_end()
+        self._response.abort()
+
+
+class BufferedResponse(UpstreamResponse):
+    """A member's response that has been read."""
+
+    def __init__(self, response: UpstreamResponse, sender: MemberSender, content: bytes) -> None:
+        self.status, self.length = response.status, len(content)
+        self.headers = response.headers.without(ANSWER_FIELD.lower(), "x-cache", "x-cache-because")
+        self.sender: MemberSender | None = sender
+        self._content = content
+
+    def limit_read_ahead(self, size: int) -> None:
+        """Do nothing, because nothing is to come."""
+
+    def count_for(self, buffers: ClientBuffers) -> None:
+        """Do nothing, because the content is short."""
+
+    async def read_chunk(self) -> bytes:
+        content, self._content = self._content, b""
+        return content
+
+    async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
+        content = await self.read_chunk()
+        return [content] if content else []
+
+    async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
+        content = await self.read_chunk()
+        if len(content) > limit:
+            raise UpstreamBroken(f"the response of a member exceeds {limit} bytes")
+        return content
+
+    async def discard(self) -> None:
+        self._content = b""
+
+    def abort(self) -> None:
+        self._content = b""
+
+
+def _question(method: str, registry: Registry, path: str, headers: Headers, credential: Credential) -> Question | None:
+    """Return the question to members; None if members are not asked for this path."""
+    try:
+        target = route(path.partition("?")[0])
+    except RegistryError:
+        return None
+    if target.kind not in (Kind.BLOB, Kind.MANIFEST) or "?" in path:
+        return None
+    passed = Headers.from_lowercase([field for field in headers if field[0] in _PASSED_FIELDS])
+    if target.kind is Kind.BLOB:
+        key, wait_key = blob_key(target.digest), f"{registry.host} {target.digest}"
+    else:
+        key = wait_key = repository_key(registry.host, target.name)
+    return Question(method, registry, path, passed, credential, key, wait_key, target.kind, target.reference)
+
+
+def _failure(status: int, word: str | None) -> MemberFailed:
+    """Return why a response with `status` is not upstream's word, which is `word`."""
+    if word is None:
+        return MemberFailed(
+            f"it does not count this daemon as a member (status {status}); FLEET must be the same at all members, and"
+            " ALLOW_CLIENTS must have their addresses"
+        )
+    if status == 508:
+        return MemberFailed("it waits for a member itself", is_down=False)
+    return MemberFailed(f"it answered {status}", is_down=status in (429, 503))

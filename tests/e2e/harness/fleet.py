@@ -1,0 +1,102 @@
+"""A fleet of real daemons on this machine. Each has an address of its own for the other members.
+
+Clients come from 127.0.0.1, which is the address of no member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+
+from dockerproxy.fleet.members import ordered
+from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.fake_registry import FakeRegistry
+from tests.e2e.harness.upstreams import Upstreams
+
+
+class MemberDaemon(TwistdDaemon):
+    """A member. `name` is its entry in FLEET."""
+
+    def __init__(self, folder: Path, number: int, settings: dict[str, str]) -> None:
+        super().__init__(folder, {"WORKERS": "1", **settings})
+        self.name = f"127.0.0.{10 + number}:{self.port}"
+        listen = f"tcp:{self.port}:interface=127.0.0.1 tcp:{self.port}:interface=127.0.0.{10 + number}"
+        self.environment |= {"PROXY_LISTEN": listen, "FLEET_ADDRESS": self.name}
+
+
+@frozen
+class Pull:
+    """The outcome of one client's pull of a blob: its digest and size as received, and the attempts that it took."""
+
+    digest: str
+    size: int
+    attempts: int
+
+
+@frozen
+class DaemonFleet:
+    """The members, in no particular order."""
+
+    members: Sequence[MemberDaemon]
+
+    def owner_first(self, key: str) -> list[MemberDaemon]:
+        """Return the members in the order in which they are asked for `key`."""
+        by_name = {member.name: member for member in self.members}
+        return [by_name[name] for name in ordered(key, tuple(sorted(by_name)))]
+
+
+@contextmanager
+def running_fleet(
+    folder: Path, upstreams: Upstreams, size: int, lists: Sequence[Sequence[int]] | None = None, **settings: str
+) -> Iterator[DaemonFleet]:
+    """Run `size` members. `lists` gives the numbers of the members that each one knows; by default they know all."""
+    common = {**upstreams.settings, "CA_DIR": str(folder / "ca"), "FLEET_TIMEOUT": "2s", **settings}
+    members = [MemberDaemon(folder / f"member{number}", number, common) for number in range(size)]
+    for number, member in enumerate(members):
+        known = range(size) if lists is None else lists[number]
+        member.environment["FLEET"] = " ".join(members[one].name for one in known)
+    try:
+        for member in members:  # one after the other, because the first creates the CA
+            member.start()
+        yield DaemonFleet(members)
+        for member in members:
+            member.check_log(upstreams.secrets)
+    finally:
+        for member in members:
+            if member.running:
+                member.kill()
+
+
+def pull_blob(member: TwistdDaemon, url: str, *, attempts: int = 1, **headers: str) -> Pull:
+    """Read a blob through `member`. A broken pull is repeated, as docker does."""
+    for attempt in range(1, attempts + 1):
+        checksum, size = hashlib.sha256(), 0
+        try:
+            with member.client.stream("GET", url, headers) as response:
+                assert response.status == 200, (response.status, response.read(500))
+                while data := response.read(256 * 1024):
+                    checksum.update(data)
+                    size += len(data)
+            return Pull(f"sha256:{checksum.hexdigest()}", size, attempt)
+        except Exception:
+            if attempt == attempts:
+                raise
+    raise AssertionError("no attempt")
+
+
+@contextmanager
+def pulls(tasks: Sequence[tuple[TwistdDaemon, str]], **options: Any) -> Iterator[list[Future[Pull]]]:
+    """Pull the blobs at the same time."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        yield [pool.submit(pull_blob, member, url, **options) for member, url in tasks]
+
+
+def upstream_bytes(fake: FakeRegistry, digest: str) -> int:
+    """Return the bytes of the blob that upstream has sent in all."""
+    return sum(request.sent_bytes for request in fake.find_requests("GET", digest))

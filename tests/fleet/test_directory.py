@@ -1,0 +1,119 @@
+"""The list of members, from the setting or from DNS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+
+from dockerproxy.errors import ServiceOverloaded
+from dockerproxy.fleet.directory import LOOKUP_INTERVAL, Directory, FleetInvalid, Identity, check_list
+from dockerproxy.fleet.members import Members
+from dockerproxy.oci.names import Host
+
+OWN = {"10.0.0.1", "10.0.0.9", "fd00::1"}
+
+
+def is_own(address: Any) -> bool:
+    return str(address) in OWN
+
+
+def hosts(*names: str) -> tuple[Host, ...]:
+    return tuple(Host.parse(name, 3128) for name in names)
+
+
+def identity(address: str | None = None) -> Identity:
+    return Identity(None if address is None else Host.parse(address, 3128), frozenset({3128}), is_own)
+
+
+class ScriptedResolver:
+    def __init__(self) -> None:
+        self.addresses: list[str] = []
+        self.error: Exception | None = None
+
+    async def resolve(self, name: str, client: str = "") -> list[str]:
+        if self.error is not None:
+            raise self.error
+        return self.addresses
+
+
+def test_the_own_address_with_the_port_of_the_proxy_is_this_daemon() -> None:
+    assert identity().find(hosts("10.0.0.1:80", "10.0.0.1", "10.0.0.2")) == Host("10.0.0.1", 3128)
+
+
+@pytest.mark.parametrize(
+    ("address", "listed", "sentence"),
+    [
+        (None, ("10.0.0.2", "10.0.0.3"), "FLEET has no address of this machine with the port of the proxy (3128)"),
+        (None, ("10.0.0.1:80", "10.0.0.3"), "FLEET has no address of this machine with the port of the proxy (3128)"),
+        (None, ("10.0.0.1", "10.0.0.9"), "more than once (10.0.0.1:3128 and 10.0.0.9:3128); set FLEET_ADDRESS"),
+        (None, ("10.0.0.1", "[fd00::1]"), "more than once (10.0.0.1:3128 and [fd00::1]:3128)"),
+        ("10.0.0.4", ("10.0.0.1", "10.0.0.3"), "FLEET does not have FLEET_ADDRESS, 10.0.0.4:3128"),
+    ],
+    ids=["nobody", "other-port", "twice", "both-families", "not-listed"],
+)
+def test_a_list_that_does_not_say_who_this_daemon_is_is_refused(
+    address: str | None, listed: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(FleetInvalid) as raised:
+        check_list(hosts(*listed), identity(address))
+    assert sentence in str(raised.value)
+
+
+def test_the_setting_chooses_between_several_own_addresses() -> None:
+    check_list(hosts("10.0.0.1", "10.0.0.9"), identity("10.0.0.9"))
+
+
+class DirectoryHarness:
+    def __init__(self, *listed: str, address: str | None = None) -> None:
+        self.clock, self.resolver = Clock(), ScriptedResolver()
+        self.members = Members(self.clock.seconds)
+        self.changes: list[tuple[str, ...]] = []
+        self.directory = Directory(
+            self.clock, hosts(*listed), identity(address), self.resolver, self.members, self.changes.append
+        )
+
+
+def test_a_listed_fleet_is_used_at_once() -> None:
+    harness = DirectoryHarness("10.0.0.2", "10.0.0.1")
+    harness.directory.start()
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.2:3128") and harness.members.me == "10.0.0.1:3128"
+    assert harness.changes == [harness.members.names]
+
+
+def test_a_name_is_looked_up_again_and_the_last_good_list_is_kept() -> None:
+    harness = DirectoryHarness("fleet.example:3128")
+    harness.directory.start()
+    assert harness.members.names == ()  # it serves alone
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2", "fd00::2"]
+    harness.clock.advance(LOOKUP_INTERVAL)
+    known = ("10.0.0.1:3128", "10.0.0.2:3128", "[fd00::2]:3128")
+    assert harness.members.names == known and harness.members.me == "10.0.0.1:3128"
+    harness.resolver.addresses = []
+    harness.clock.advance(LOOKUP_INTERVAL)
+    harness.resolver.error = ServiceOverloaded("too many look-ups")
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.names == known
+    harness.resolver.error, harness.resolver.addresses = None, ["10.0.0.2", "10.0.0.3"]
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.names == ("10.0.0.2:3128", "10.0.0.3:3128") and harness.members.me == ""
+    assert len(harness.changes) == 2
+
+
+def test_a_name_that_names_this_machine_twice_keeps_the_last_list() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2"]
+    harness.directory.start()
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.9"]
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.2:3128")
+
+
+def test_a_list_that_stays_the_same_is_no_change() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2"]
+    harness.directory.start()
+    harness.resolver.addresses = ["10.0.0.2", "10.0.0.1"]
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert len(harness.changes) == 1

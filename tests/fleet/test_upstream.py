@@ -1,0 +1,317 @@
+"""The member that is asked, and the answers that count as upstream's word. Members and upstream are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from dockerproxy.cache.resumable import ResumableGet
+from dockerproxy.cache.upstream import UpstreamRepository, UpstreamResponse
+from dockerproxy.errors import UpstreamBroken, UpstreamFailing, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.fleet.hop import Hop, HopKind, HopLogin
+from dockerproxy.fleet.members import Members, blob_key, repository_key
+from dockerproxy.fleet.upstream import FleetUpstream, Question
+from dockerproxy.fleet.waits import Waits
+from dockerproxy.http.headers import Headers
+from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.oci.names import Digest, Registry, parse_repository
+from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+from tests.cache.support.harness import result
+from tests.cache.support.reactor import ManualReactor
+from tests.cache.support.upstream import ReceivedRequest, ScriptedResponse, ScriptedUpstream, serve_content
+
+REGISTRY = Registry.parse("registry.example")
+NAME = parse_repository("library/app")
+MEMBERS = ("10.0.0.1:3128", "10.0.0.2:3128", "10.0.0.3:3128", "10.0.0.4:3128")
+LONG = bytes(range(256)) * 1024  # not read as a whole
+
+Answer = Callable[[Question], Any]
+
+
+class Fleet:
+    """One member and its view of the others, which answer as the test says."""
+
+    def __init__(self) -> None:
+        self.reactor = ManualReactor()
+        self.upstream = ScriptedUpstream(self.reactor)
+        self.repository = self.upstream.repository("registry.example/library/app")
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[tuple[str, Hop]] = []
+        self.questions: list[Question] = []
+        self.bytes: dict[str, int] = {"received": 0, "sent": 0}
+        self.members = Members(self.reactor.seconds)
+        self.waits = Waits(self.reactor, None)
+        self.client = FleetUpstream(self.upstream, self.members, self, self.waits, self)
+
+    async def ask(self, member: str, question: Question, hop: Hop) -> UpstreamResponse:
+        self.asked.append((member, hop))
+        self.questions.append(question)
+        response = self.answers[member](question)
+        if isinstance(response, Deferred):
+            response = await response
+        return response  # type: ignore[no-any-return]
+
+    def count_peer_bytes(self, direction: str, size: int) -> None:
+        self.bytes[direction] += size
+
+    def order(self, key: str) -> list[str]:
+        """Make this daemon the last in the order for `key`. Return the others."""
+        self.members.use(MEMBERS, "")
+        *others, last = self.members.ranked(key)
+        self.members.use(MEMBERS, last)
+        return others
+
+    async def get(self, path: str, method: str = "GET", credential: Credential | None = None, **fields: str) -> Any:
+        headers = Headers(fields.items())
+        return await self.client.request(
+            method, REGISTRY, path, name=NAME, credential=credential or Anonymous(), headers=headers
+        )
+
+    def run(self, work: Coroutine[Any, Any, Any], seconds: float = 0) -> Any:
+        return result(Deferred.fromCoroutine(work), self.reactor, seconds)
+
+    def blob(self, data: bytes = LONG) -> tuple[Digest, list[str]]:
+        """Put a blob upstream. Return its digest, and the members before this one."""
+        digest = self.repository.put_blob(data)
+        return digest, self.order(blob_key(digest))
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    return Fleet()
+
+
+def word(data: bytes, status: int = 200, *, by: str = "upstream", sent: int | None = None, **fields: str) -> Answer:
+    """Return an answer of a member with a range of `data` as asked."""
+
+    def answer(question: Question) -> ScriptedResponse:
+        request = ReceivedRequest(question.method, REGISTRY, question.path, question.headers, Anonymous())
+        response = serve_content(request, "application/octet-stream", data, sent=sent)
+        response.status = response.status if status == 200 else status
+        extra = [(name.replace("_", "-"), value) for name, value in fields.items()]
+        response.headers = Headers([*response.headers, ("x-fleet-answer", by), *extra])
+        return response
+
+    return answer
+
+
+def fail(error: Exception) -> Answer:
+    def answer(question: Question) -> Any:
+        raise error
+
+    return answer
+
+
+def blob_path(digest: Digest) -> str:
+    return f"/v2/{NAME}/blobs/{digest}"
+
+
+def read(fleet: Fleet, response: Any) -> bytes:
+    return fleet.run(response.read_all(1 << 22))  # type: ignore[no-any-return]
+
+
+def test_the_owner_is_asked_and_upstream_is_not(fleet: Fleet) -> None:
+    digest, (owner, *_) = fleet.blob()
+    fleet.answers[owner] = word(LONG)
+    response = fleet.run(fleet.get(blob_path(digest)))
+    assert read(fleet, response) == LONG
+    assert fleet.asked == [(owner, Hop(fleet.members.me))]
+    assert fleet.upstream.requests == [] and fleet.bytes["received"] == len(LONG)
+    assert "x-fleet-answer" not in response.headers
+
+
+def test_this_daemon_asks_upstream_for_what_it_owns(fleet: Fleet) -> None:
+    digest = fleet.repository.put_blob(LONG)
+    fleet.members.use(MEMBERS, "")
+    fleet.members.use(MEMBERS, fleet.members.ranked(blob_key(digest))[0])
+    response = fleet.run(fleet.get(blob_path(digest)))
+    assert read(fleet, response) == LONG and fleet.asked == []
+
+
+@pytest.mark.parametrize(
+    ("credential", "login", "is_clear"),
+    [
+        (Anonymous(), HopLogin.NONE, True),
+        (ClientCredential("Bearer token"), HopLogin.CLIENT, False),
+        (BasicCredentials("user", "password"), HopLogin.CONFIGURED, False),
+    ],
+    ids=["public", "client", "configured"],
+)
+def test_only_public_blobs_go_in_the_clear(
+    fleet: Fleet, credential: Credential, login: HopLogin, is_clear: bool
+) -> None:
+    digest, (owner, *_) = fleet.blob()
+    fleet.answers[owner] = word(LONG)
+    fleet.run(fleet.get(blob_path(digest), credential=credential)).abort()
+    assert fleet.questions[0].is_clear is is_clear
+    assert fleet.asked[0][1].login is login
+
+
+def test_manifests_never_go_in_the_clear(fleet: Fleet) -> None:
+    manifest = b'{"schemaVersion": 2}'
+    digest = fleet.repository.put_manifest(manifest, "latest")
+    owner, *_ = fleet.order(repository_key(REGISTRY.host, NAME))
+    fleet.answers[owner] = word(manifest)
+    response = fleet.run(fleet.get(f"/v2/{NAME}/manifests/latest", accept="*/*", authorization="x", cookie="y"))
+    assert read(fleet, response) == manifest and Digest.of(manifest) == digest
+    [question] = fleet.questions
+    assert not question.is_clear and [name for name, _ in question.headers] == ["accept"]
+
+
+@pytest.mark.parametrize("path", ["/v2/library/app/tags/list", "/v2/library/app/referrers/sha256:" + "0" * 64, "/v2/"])
+def test_other_requests_go_upstream(fleet: Fleet, path: str) -> None:
+    fleet.members.use(MEMBERS, MEMBERS[0])
+    fleet.run(fleet.get(path))
+    assert fleet.asked == [] and len(fleet.upstream.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        fail(UpstreamUnreachable("refused", "refused")),
+        fail(UpstreamTimeout("silent")),
+        fail(UpstreamBroken("reset")),
+        word(LONG, 503, by="own"),
+        word(LONG, 508, by="own"),
+        word(LONG, 403, by="own"),
+        word(LONG, 307),
+        word(LONG, 200, by="strange"),
+        lambda question: ScriptedResponse(200, LONG),
+        lambda question: ScriptedResponse(401, b"{}"),
+    ],
+    ids=["refused", "silent", "reset", "503", "508", "own-403", "307", "strange", "no-member-200", "no-member-401"],
+)
+def test_the_next_is_asked_if_a_member_gives_no_answer_of_upstream(fleet: Fleet, answer: Answer) -> None:
+    digest, (owner, second, _) = fleet.blob()
+    fleet.answers |= {owner: answer, second: word(LONG)}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert [member for member, _ in fleet.asked] == [owner, second] and fleet.upstream.requests == []
+
+
+def test_a_member_that_waits_for_another_one_is_not_down(fleet: Fleet) -> None:
+    digest, (owner, second, _) = fleet.blob()
+    fleet.answers |= {owner: word(LONG, 508, by="own"), second: word(LONG)}
+    fleet.run(fleet.get(blob_path(digest))).abort()
+    assert not fleet.members.is_down(owner)
+
+
+def test_upstream_is_asked_after_three_members_have_failed(fleet: Fleet) -> None:
+    digest, others = fleet.blob()
+    fleet.answers = dict.fromkeys(others, fail(UpstreamTimeout("silent")))
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert len(fleet.asked) == 3 and len(fleet.upstream.requests) == 1
+    fleet.run(fleet.get(blob_path(digest))).abort()
+    assert len(fleet.asked) == 3  # they are left alone
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 502, 504])
+def test_upstreams_refusals_and_failures_are_passed_on(fleet: Fleet, status: int) -> None:
+    digest, (owner, *_) = fleet.blob()
+    fleet.answers[owner] = word(LONG, status)
+    assert fleet.run(fleet.get(blob_path(digest))).status == status
+    assert len(fleet.asked) == 1 and fleet.upstream.requests == [] and not fleet.members.is_down(owner)
+
+
+def test_a_stale_copy_is_an_outage_and_proves_nothing(fleet: Fleet) -> None:
+    digest, (owner, *_) = fleet.blob()
+    fleet.answers[owner] = word(LONG, x_cache="STALE", x_cache_because="registry.example: timed out")
+    with pytest.raises(UpstreamFailing, match="timed out"):
+        fleet.run(fleet.get(blob_path(digest)))
+    assert fleet.upstream.requests == []
+
+
+def test_a_short_blob_with_wrong_content_comes_from_the_next(fleet: Fleet) -> None:
+    digest, (owner, second, _) = fleet.blob(b"right")
+    fleet.answers |= {owner: word(b"wrong"), second: word(b"right")}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == b"right"
+    fleet.reactor.advance(599)
+    assert fleet.members.is_down(owner)
+
+
+def test_a_manifest_that_breaks_off_comes_from_the_next(fleet: Fleet) -> None:
+    manifest = b'{"schemaVersion": 2}'
+    fleet.repository.put_manifest(manifest, "latest")
+    owner, second, _ = fleet.order(repository_key(REGISTRY.host, NAME))
+
+    def break_off(question: Question) -> ScriptedResponse:
+        response: ScriptedResponse = word(manifest, sent=0)(question)
+        response.send(3)
+        response.disconnect()
+        return response
+
+    fleet.answers |= {owner: break_off, second: word(manifest)}
+    assert read(fleet, fleet.run(fleet.get(f"/v2/{NAME}/manifests/latest"))) == manifest
+    assert fleet.members.is_down(owner)
+
+
+def download(fleet: Fleet, digest: Digest) -> tuple[ResumableGet, Any]:
+    repository = UpstreamRepository(REGISTRY, NAME, Anonymous())
+    source = ResumableGet(fleet.reactor, fleet.client, repository, digest)
+
+    async def read_to_end() -> bytes:
+        await source.open()
+        data = b""
+        while pieces := await source.read():
+            data += b"".join(pieces)
+        return data
+
+    return source, read_to_end()
+
+
+@pytest.mark.parametrize("error", [UpstreamTimeout("silent for 5 s"), UpstreamBroken("reset")], ids=["stall", "reset"])
+def test_a_download_goes_on_at_the_next_member_where_it_was(fleet: Fleet, error: Exception) -> None:
+    digest, (owner, second, _) = fleet.blob()
+
+    def break_off(question: Question) -> ScriptedResponse:
+        response: ScriptedResponse = word(LONG, sent=0)(question)
+        response.send(100_000)
+        response.disconnect(error)
+        return response
+
+    fleet.answers |= {owner: break_off, second: word(LONG)}
+    source, work = download(fleet, digest)
+    assert fleet.run(work, 10) == LONG
+    assert source.is_from_member and fleet.questions[1].headers.get("range") == "bytes=99999-"
+    assert fleet.members.is_down(owner) and not fleet.members.is_down(second)
+    assert fleet.waits.member(f"{REGISTRY.host} {digest}") is None
+
+
+def test_a_download_goes_on_upstream_if_the_next_is_this_daemon(fleet: Fleet) -> None:
+    digest, others = fleet.blob()
+    owner, *_ = others
+    for other in others[1:]:
+        fleet.members.failed(other, "refused")
+
+    def break_off(question: Question) -> ScriptedResponse:
+        response: ScriptedResponse = word(LONG, sent=0)(question)
+        response.send(100_000)
+        response.disconnect()
+        return response
+
+    fleet.answers[owner] = break_off
+    _, work = download(fleet, digest)
+    assert fleet.run(work, 10) == LONG
+    assert [request.range for request in fleet.upstream.requests] == ["bytes=99999-"]
+
+
+def test_members_that_sent_wrong_content_are_not_asked_again(fleet: Fleet) -> None:
+    digest, (owner, second, _) = fleet.blob()
+    fleet.answers |= {owner: word(LONG[::-1]), second: word(LONG)}
+    source, work = download(fleet, digest)
+    assert fleet.run(work, 10) == LONG[::-1]
+    source.report_mismatch()  # as `BlobDownload` does
+    fleet.run(fleet.get(blob_path(digest))).abort()
+    assert fleet.asked[-1][0] == second
+
+
+def test_what_this_daemon_waits_for_is_known_until_the_body_has_ended(fleet: Fleet) -> None:
+    digest, (owner, *_) = fleet.blob()
+    fleet.answers[owner] = word(LONG, sent=0)
+    response = fleet.run(fleet.get(blob_path(digest)))
+    assert fleet.waits.member(f"{REGISTRY.host} {digest}") == owner
+    response.abort()
+    assert fleet.waits.member(f"{REGISTRY.host} {digest}") is None
+    assert fleet.asked[0][1].kind is HopKind.OWNER
