@@ -159,9 +159,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "check", "maintenance:check", "verify the digest of every blob and move damaged ones to damaged/"
     )
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
-    add_command(
-        "status", "status:status", "show disk usage, running operations, refused logins and the CA's fingerprint"
-    )
+    add_command("status", "status:status", "show the state of the daemon; the exit status is 1 if something is bad")
     add_command(
         "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"
     )

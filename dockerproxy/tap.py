@@ -16,7 +16,7 @@ from twisted.python import usage
 from dockerproxy import __version__
 from dockerproxy.admin.api import ControlAPI
 from dockerproxy.admin.configuration import ConfigurationHandlers
-from dockerproxy.admin.control import Control, ControlHandler, DebugReport, UserName, local_user_name
+from dockerproxy.admin.control import Control, ControlHandler, DaemonFacts, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.overview import LocalOverview, OverviewSources
@@ -178,7 +178,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             server.audit,
             shared_state.ended_logins,
             report,
-            authority.fingerprint,
+            partial(daemon_facts, workers.supervisor, listener_service, authority),
             partial(server.pools.lookups.run, local_user_name),
             {**configuration_handlers.handlers(), **ControlAPI(shared.overview, server.live).handlers},
             overview.sources,
@@ -292,6 +292,19 @@ def report_configuration(reloader: Reloader) -> dict[str, Any]:
 async def reload_for_command(reloader: Reloader, principal: Principal) -> dict[str, Any]:
     """Reload for `principal`, and return the result as a JSON value."""
     return asdict(await reloader.reload(principal))
+
+
+def daemon_facts(
+    supervisor: WorkerSupervisor, listener_service: ListenerService, authority: CertificateAuthority
+) -> dict[str, Any]:
+    """Return the version, the processes, the ports and the CA of the daemon, as a JSON value."""
+    main_process = {"number": 0, "state": "serving", "pid": os.getpid()}
+    return {
+        "version": __version__,
+        "processes": [main_process, *supervisor.report()],
+        "ports": listener_service.report(),
+        "ca": {"sha256": authority.fingerprint, "expires": authority.expires_at},
+    }
 
 
 def configure_provider(logins: LocalLoginProvider, configuration: Configuration) -> None:
@@ -419,7 +432,7 @@ def build_control_socket(
     audit: AuditLog,
     ended_logins: EndedLogins,
     debug_report: DebugReport,
-    ca_fingerprint: str,
+    facts: DaemonFacts,
     user_name: UserName,
     handlers: Mapping[tuple[str, str], ControlHandler],
     sources: OverviewSources,
@@ -441,7 +454,7 @@ def build_control_socket(
         ended_logins,
         state.open_records(),
         debug_report,
-        ca_fingerprint,
+        facts,
         user_name,
         time.time,
         handlers,

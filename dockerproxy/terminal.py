@@ -82,8 +82,11 @@ def _print_rich_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 def format_count(number: int, noun: str) -> str:
     """Return `number` with the singular or plural of `noun`."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{number} {noun[:-1]}ies"
+    return f"{number} {noun}es" if noun.endswith("s") else f"{number} {noun}s"
 
 
 def format_list(words: Sequence[str]) -> str:
@@ -98,6 +101,13 @@ def format_size(number: float) -> str:
             break
         number /= 1000
     return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.3g} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a short time, such as that of a response, with two digits or three."""
+    return (
+        f"{seconds * 1000:.2g} ms" if seconds < 0.0995 else f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    )
 
 
 def format_window(seconds: float) -> str:

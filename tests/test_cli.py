@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from attrs import define, field
 
-from dockerproxy import cli
+from dockerproxy import __version__, cli
 from dockerproxy.admin.control import local_user_name
 from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.control_client import NOT_OURS
@@ -470,6 +470,12 @@ def test_status(daemon: DaemonProcess) -> None:
     assert result["shelves"]["hosted"]["directory"] == str(daemon.hosted.root)
     assert result["cache"]["limit"] == 32 * 2**30
     assert "idle" in daemon.run("status")
+    assert daemon.process is not None
+    assert result["version"] == __version__
+    assert result["processes"][0] == {"number": 0, "state": "serving", "pid": daemon.process.pid}
+    assert [port["setting"] for port in result["ports"]] == ["PROXY_LISTEN"]
+    assert result["ca"]["expires"] > time.time()
+    assert "REGISTRY   STATE " in daemon.run("status")
     fingerprint = result["ca"]["sha256"]
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", fingerprint)
     assert f"SHA-256 of the CA certificate: {fingerprint}\n" in daemon.run("status")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.terminal import print_line, print_table, printable
+from dockerproxy.terminal import format_count, format_seconds, print_line, print_table, printable
 
 
 @given(st.text())
@@ -36,3 +36,25 @@ def test_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     print_line("\x1b[2J")
     print_table(("A", "B"), [("\x1b[1m", "x"), ("longer name", "y\nz")])
     assert capsys.readouterr().out == "\\x1b[2J\nA            B\n\\x1b[1m      x\nlonger name  y\\nz\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0001, "0.1 ms"), (0.0123, "12 ms"), (0.0994, "99 ms"), (0.0996, "0.1 s"), (1.26, "1.3 s"), (12.5, "12 s")],
+)
+def test_short_times(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "process", "0 processes"),
+        (1, "process", "1 process"),
+        (2, "day", "2 days"),
+        (2, "repository", "2 repositories"),
+        (3, "tag", "3 tags"),
+    ],
+)
+def test_plurals(number: int, noun: str, text: str) -> None:
+    assert format_count(number, noun) == text

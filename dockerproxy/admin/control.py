@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import attrs
 from attrs import asdict, field, frozen
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.logger import Logger
 
 from dockerproxy.admin import inventory
@@ -72,6 +72,7 @@ IMPORT = {"directory": PATH, "force": FLAG}
 CHECK = {"cached": FLAG}
 """The arguments of each request."""
 
+_DISK_TIMEOUT = 2.0  # seconds that a status waits for REGISTRY_DIR, which may be on a machine that does not answer
 _ROWS_AT_ONCE = 50  # of a list: they are read in a thread, then sent
 
 _OPERATION_STATUSES = {"NOT_UNDERSTOOD": 400, "BUSY": 409}  # by the code of an `OperationError`; otherwise 500
@@ -103,6 +104,9 @@ UserName = Callable[[int], Awaitable[str]]
 DebugReport = Callable[[], Awaitable[dict[str, Any]]]
 """Returns what all processes are doing, as a JSON value."""
 
+DaemonFacts = Callable[[], dict[str, Any]]
+"""Returns the version, the processes, the ports and the CA of the daemon, as a JSON value: from memory, at once."""
+
 PullCounter = Callable[[], Mapping[str, int]]
 """Returns the pulls of late by repository, as people write its name; that of a hosted one begins with ``hosted/``.
 
@@ -127,7 +131,7 @@ class Control:
     _ended_logins: EndedLogins
     _records: Records
     _debug_report: DebugReport
-    _ca_fingerprint: str
+    _facts: DaemonFacts
     _user_name: UserName
     _clock: Callable[[], float]
     _handlers: Mapping[tuple[str, str], ControlHandler] = field(factory=dict)
@@ -205,8 +209,8 @@ class Control:
     async def status(self) -> dict[str, Any]:
         """Return the state of the daemon as a JSON value."""
         return {
+            **self._facts(),
             "started": self._start_time,
-            "ca": {"sha256": self._ca_fingerprint},
             "operation": self._operations.current,
             "refused_logins": self._ended_logins.report_list(),
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
@@ -219,9 +223,12 @@ class Control:
             if store.kind != HOSTED:
                 return {**info, "free": await in_thread(self._reactor, _free_bytes, store)}
             info["file_system"] = self._registry_disk.file_system
-            return {**info, "free": await self._registry_disk.read(_free_bytes, store)}
+            free = Deferred.fromCoroutine(self._registry_disk.read(_free_bytes, store))
+            return {**info, "free": await free.addTimeout(_DISK_TIMEOUT, self._reactor)}
         except RegistryError as error:
             return {**info, "error": error.message}
+        except TimeoutError:
+            return {**info, "error": f"REGISTRY_DIR has not answered within {_DISK_TIMEOUT:g} s"}
 
     async def _list(self, query: dict[str, str], response: NDJSONResponse) -> None:
         async def stream_rows(

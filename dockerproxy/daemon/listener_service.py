@@ -82,9 +82,13 @@ class ListenerService(Service):
         self._transfers = transfers
         self._close_upstreams = close_upstreams
         self._on_repeated_stop = on_repeated_stop
-        self._ports: list[IListeningPort] = []
+        self._ports: list[tuple[str, IListeningPort]] = []
         self.listening: Deferred[None] = Deferred()
         """Fires when all ports are open."""
+
+    def report(self) -> list[dict[str, str]]:
+        """Return the open ports: the setting and the address of each."""
+        return [{"setting": setting, "address": format_address(port)} for setting, port in self._ports]
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -114,7 +118,7 @@ class ListenerService(Service):
     async def _listen_on_all(self) -> None:
         for listener in self._listeners:
             try:
-                self._ports.extend(await self._opener.open(listener))
+                self._ports.extend((listener.setting, port) for port in await self._opener.open(listener))
             except SocketNotPassed as error:
                 # If another program occupies the port, systemd's socket unit fails. The proxy works without that port.
                 if listener is self._listeners[0]:
@@ -123,7 +127,7 @@ class ListenerService(Service):
         self.listening.callback(None)
 
     async def _stop(self) -> None:
-        for port in self._ports:
+        for _, port in self._ports:
             await maybeDeferred(port.stopListening)
         # All sites drain from now on, so that a busy one does not let the clients of the others send new requests.
         drains = [Deferred.fromCoroutine(self._drain(listener.site)) for listener in self._listeners]

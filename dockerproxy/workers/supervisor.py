@@ -179,6 +179,10 @@ class WorkerSupervisor(Service):
                 spawn(self._stop_worker(worker, self._grace), f"stopping worker {worker.number}")
         return problems
 
+    def report(self) -> list[dict[str, Any]]:
+        """Return the number, the state and the process ID of each worker, as known here."""
+        return [_describe(worker) for worker in self._workers]
+
     async def debug(self) -> list[dict[str, Any]]:
         """Return the state of each worker: what is known here, and what the worker itself reports."""
         reports = [Deferred.fromCoroutine(self._report(worker)) for worker in self._workers]
@@ -299,12 +303,7 @@ class WorkerSupervisor(Service):
             return str(error)
 
     async def _report(self, worker: WorkerHandle) -> dict[str, Any]:
-        report = {
-            "number": worker.number,
-            "state": worker.state.name.lower(),
-            "pid": worker.pid,
-            "connections": self._table.open_in(worker.number),
-        }
+        report = {**_describe(worker), "connections": self._table.open_in(worker.number)}
         if worker.state is not WorkerState.SERVING:
             return report
         report["queued messages"], report["dropped hints"] = worker.queued_messages, worker.dropped_hints
@@ -322,6 +321,10 @@ class WorkerSupervisor(Service):
         for worker in self._workers:
             if worker is not source:
                 worker.hint(kind, *values)
+
+
+def _describe(worker: WorkerHandle) -> dict[str, Any]:
+    return {"number": worker.number, "state": worker.state.name.lower(), "pid": worker.pid}
 
 
 @define(eq=False)

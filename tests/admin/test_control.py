@@ -111,7 +111,7 @@ def client(
         unused,
         records,
         unused,
-        "AB",
+        lambda: {"version": "1"},
         user_name,
         clock.seconds,
         {("GET", "/v1/echo"): echo_principal},
