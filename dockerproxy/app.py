@@ -258,7 +258,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
     fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
-    pull_through, pull_through_for_members = build_cache(
+    pull_through, *for_members = build_cache(
         reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
     )
     api = RegistryAPI(reactor)
@@ -291,8 +291,9 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
 
     mirror, intercepted = mirror_for(pull_through.registry), intercepted_for(pull_through.registry)
     handle_mirror, handle_intercepted = mirror.handle, intercepted.handle
-    if fleet is not None and pull_through_for_members is not None:
-        door = fleet.door(pull_through_for_members, mirror, intercepted, mirror_for, intercepted_for)
+    if fleet is not None:
+        owned, cached_only = for_members
+        door = fleet.door(owned, cached_only, mirror, intercepted, mirror_for, intercepted_for)
         handle_mirror, handle_intercepted = door.handle_mirror, door.handle_intercepted
     login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
     hosted_names = frozenset(settings.registry_hostname)
@@ -506,8 +507,11 @@ def build_cache(
     authorizer: Authorizer,
     parser: ContentParser,
     fleet: Fleet | None,
-) -> tuple[PullThrough, PullThrough | None]:
-    """Build the cache in CACHE_DIR, and the one over the same files that serves other members of the `fleet`."""
+) -> list[PullThrough]:
+    """Build the cache in CACHE_DIR, and the two over the same files that serve other members of the `fleet`.
+
+    The second asks upstream only, and the third nobody.
+    """
     file_counter = FileCounter(reactor, shared.cache_space.record_files)
     upstream = MeteredClient(
         UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
@@ -554,8 +558,10 @@ def build_cache(
     pull_through = compose_cache(services, cache_policy).pull_through
     pull_through.challenges.restore(settings.registries)
     if fleet is None:
-        return pull_through, None
-    return pull_through, compose_cache(evolve(services, content=upstream), cache_policy).pull_through
+        return [pull_through]
+    clients = fleet.owner_client(upstream), fleet.no_upstream
+    for_members = [compose_cache(evolve(services, content=client), cache_policy).pull_through for client in clients]
+    return [pull_through, *for_members]
 
 
 def build_fleet(
@@ -575,6 +581,7 @@ def build_fleet(
             settings.fleet_address,
             listening_ports(settings.proxy_listen, 3128),
             settings.fleet_timeout,
+            settings.fleet_fan_out,
             is_own_address=is_own_address,
             resolver=connectors.resolver,
             ca_certificate=authority.certificate_pem,

@@ -171,6 +171,12 @@ class LoopDetected(RegistryError):
     status, code = 508, "UNAVAILABLE"
 
 
+class NotCached(RegistryError):
+    """Only cached content was asked for (RFC 9111, section 5.2.1.7: only-if-cached), and it is not here."""
+
+    status, code = 504, "UNAVAILABLE"
+
+
 class InsufficientStorage(RegistryError):
     """The disk of the proxy is full. Docker prints the status line of a 5xx, so 507 itself tells the user."""
 

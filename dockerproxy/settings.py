@@ -107,6 +107,7 @@ class Settings:
     upstream_proxy: UpstreamProxy | None = _derived()
     fleet: tuple[Host, ...] = _setting(parsers.fleet, "")
     fleet_address: Host | None = _setting(parsers.fleet_address)
+    fleet_fan_out: int = _setting(parsers.integer(1, 1000), "8")
     fleet_timeout: float = _setting(parsers.positive_duration, "5s")
     allow_clients: AddressSet = _setting(AddressSet.parse, "private loopback link-local")
     max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))

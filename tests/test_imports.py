@@ -83,7 +83,8 @@ PURE_MODULES = {
     "http.connection_state", "http.headers", "http.message", "http.security_fields",
     "http.cross_origin", "upstream.http1",
     "net.store_location", "bucket.s3_xml", "bucket.store_errors",
-    "upstream.retry", "upstream.urls", "cache.freshness", "fleet.members", "fleet.hop", "store.eviction",
+    "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
+    "fleet.members", "fleet.hop", "fleet.relays",
 }  # fmt: skip
 IO_MODULES = {
     "twisted.internet",

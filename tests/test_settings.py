@@ -591,6 +591,7 @@ INVALID = [
     ("FLEET_ADDRESS", "a.example", "'a.example' is a name; write the address of this daemon that FLEET has"),
     ("FLEET_ADDRESS", "10.0.0.1:0", "'10.0.0.1:0' is not a member"),
     ("FLEET_ADDRESS", "10.0.0.1", "FLEET_ADDRESS is set and FLEET is not; FLEET has the addresses of all members"),
+    ("FLEET_FAN_OUT", "0", "'0' is not a number from 1 to 1000"),
     ("FLEET_TIMEOUT", "0", "'0' is not allowed; use a time greater than zero"),
     ("CLIENT_MIN_RATE", "slow", "'slow' is not a size such as 512m or 32g"),
     ("MAX_CONNECTIONS_PER_CLIENT", "0", "'0' is not a number from 1 to 1000000"),

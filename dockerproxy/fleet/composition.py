@@ -14,8 +14,9 @@ from dockerproxy.cache.upstream import RegistryClient
 from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver, check_list
 from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenRegistry
 from dockerproxy.fleet.members import Members
+from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.transport import HTTPMemberTransport
-from dockerproxy.fleet.upstream import FleetUpstream, PeerMeter
+from dockerproxy.fleet.upstream import FleetUpstream, MemberClient, NoUpstream, OwnerUpstream, PeerMeter
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.site import Site
 from dockerproxy.oci.names import Host
@@ -31,6 +32,7 @@ class Fleet:
 
     members: Members
     waits: Waits
+    relays: Relays
     transport: HTTPMemberTransport
     directory: Directory
     meter: PeerMeter
@@ -45,14 +47,16 @@ class Fleet:
     def door(
         self,
         pull_through: PullThrough,
+        cached_only: PullThrough,
         mirror: MirrorDoor,
         intercepted: InterceptedDoor,
         mirror_for: Callable[[OpenRegistry], MirrorDoor],
         intercepted_for: Callable[[OpenRegistry], InterceptedDoor],
     ) -> FleetDoor:
-        """Return the door for members; `pull_through` serves them."""
+        """Return the door for members. `pull_through` and `cached_only` serve them; see `FleetDoor`."""
         return FleetDoor(
-            self.directory.clock, self.members, self.waits, pull_through, self.meter, self.timeout, self._is_draining,
+            self.directory.clock, self.members, self.waits, self.relays, pull_through, cached_only,
+            self.meter, self.timeout, self._is_draining,
             mirror, intercepted, mirror_for, intercepted_for,
         )  # fmt: skip
 
@@ -61,7 +65,20 @@ class Fleet:
 
     def content_client(self, upstream: RegistryClient) -> FleetUpstream:
         """Return the client of the cache for content, which asks members before `upstream`."""
-        return FleetUpstream(upstream, self.members, self.transport, self.waits, self.meter)
+        return FleetUpstream(self.owner_client(upstream), self.members, self._client)
+
+    def owner_client(self, upstream: RegistryClient) -> OwnerUpstream:
+        """Return the client for content that this daemon owns, over `upstream`."""
+        return OwnerUpstream(upstream, self.members, self._client)
+
+    @property
+    def no_upstream(self) -> NoUpstream:
+        """The client of the cache that serves only what is there."""
+        return NoUpstream()
+
+    @property
+    def _client(self) -> MemberClient:
+        return MemberClient(self.members, self.transport, self.waits, self.meter)
 
 
 def compose_fleet(
@@ -70,6 +87,7 @@ def compose_fleet(
     address: Host | None,
     ports: frozenset[int],
     timeout: float,
+    fan_out: int,
     *,
     is_own_address: IsOwnAddress,
     resolver: MemberResolver,
@@ -88,7 +106,8 @@ def compose_fleet(
     directory = Directory(reactor, listed, identity, resolver, members, transport.use)
     if directory.name is None:
         check_list(listed, identity)
-    return Fleet(members, Waits(reactor, records), transport, directory, meter, timeout)
+    relays = Relays(fan_out, reactor.seconds)
+    return Fleet(members, Waits(reactor, records), relays, transport, directory, meter, timeout)
 
 
 def _source_address(members: Members, is_own_address: Callable[[Any], bool]) -> str | None:

@@ -7,6 +7,7 @@ Downloads of the two caches are shared as those of two processes are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import ip_address
@@ -27,18 +28,31 @@ from dockerproxy.errors import (
     UpstreamError,
     UpstreamRefused,
 )
-from dockerproxy.fleet.hop import ANSWER_FIELD, FIELD, OWN_WORD, UPSTREAM_WORD, Hop, HopLogin, parse_hop
-from dockerproxy.fleet.members import Members, repository_key
+from dockerproxy.fleet.hop import (
+    ANSWER_FIELD,
+    FIELD,
+    OWN_WORD,
+    RELAY_FIELD,
+    UPSTREAM_WORD,
+    Hop,
+    HopKind,
+    HopLogin,
+    parse_hop,
+)
+from dockerproxy.fleet.members import Members, blob_key, repository_key
+from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.upstream import PeerMeter
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.request import Request
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.names import Digest, Host, Reference, Registry, Repository
+from dockerproxy.oci.routes import Kind, route
 from dockerproxy.registry.upstream import Namespace, UpstreamRegistry
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 _FIELD = FIELD.lower()
+_WHOLE = re.compile(r"bytes=[0-9]+-")  # a range of which a copy is sent, not a part for a check
 _MAX_PROGRESS = 120.0  # seconds for which a member is told that its request is being handled
 _UPSTREAM_WORDS = (UpstreamError, UpstreamRefused, Unauthorized, ManifestUnknown, BlobUnknown, RangeInvalid)
 
@@ -102,13 +116,16 @@ class FleetDoor:
     """Decides for each request to the mirror or to an intercepted registry whether a member sends it.
 
     `mirror` and `intercepted` serve clients. `mirror_for` and `intercepted_for` return those that serve a member, with
-    a function that opens registries. `is_draining` says whether this daemon is stopping.
+    a function that opens registries: those of `pull_through`, or of `cached_only`, which has no upstream. `is_draining`
+    says whether this daemon is stopping.
     """
 
     clock: Any
     members: Members
     waits: Waits
+    relays: Relays
     pull_through: PullThrough
+    cached_only: PullThrough
     meter: PeerMeter
     timeout: float
     is_draining: Callable[[], bool]
@@ -122,6 +139,9 @@ class FleetDoor:
         hop = self._hop(request)
         if hop is None:
             return self.mirror.handle(request, namespace)
+        relay = self._relay(request, hop)
+        if relay is not None:
+            return _name_relay(request, relay)
         return self._serve(request, lambda: self.mirror_for(self._open(hop)).handle(request, namespace))
 
     def handle_intercepted(self, server: Registry, request: Request) -> Awaitable[None]:
@@ -139,12 +159,27 @@ class FleetDoor:
             return None
         return hop
 
+    def _relay(self, request: Request, hop: Hop) -> str | None:
+        """Return the member that sends the blob in place of this one, None if this one does.
+
+        Only public blobs have relays: access to others would have to be proved again at each of them.
+        """
+        byte_range = request.headers.get("range")
+        if hop.kind not in (HopKind.OWNER, HopKind.LAST) or request.method != "GET" or self.is_draining():
+            return None
+        target = route(request.path)
+        if target.kind is not Kind.BLOB or not (byte_range is None or _WHOLE.fullmatch(byte_range)):
+            return None
+        relay = self.relays.place(blob_key(target.digest), hop.sender, has_failed=hop.kind is HopKind.LAST)
+        return None if relay is None or self.members.is_down(relay) else relay
+
     def _open(self, hop: Hop) -> OpenRegistry:
         return partial(self._open_registry, hop)
 
     def _open_registry(self, hop: Hop, registry: Registry, authorization: str | None, client: str) -> MemberRegistry:
         authorization = authorization if hop.login is HopLogin.CLIENT else None
-        return MemberRegistry(self.pull_through, registry, authorization, None, client, hop=hop, waits=self.waits)
+        cache = self.cached_only if hop.kind in (HopKind.RELAY, HopKind.FORMER) else self.pull_through
+        return MemberRegistry(cache, registry, authorization, None, client, hop=hop, waits=self.waits)
 
     async def _serve(self, request: Request, handle: Callable[[], Awaitable[None]]) -> None:
         """Serve a member. Until the response starts, tell it that this daemon lives."""
@@ -173,6 +208,12 @@ class FleetDoor:
             if progress.running:
                 progress.stop()
             self.meter.count_peer_bytes("sent", request.bytes_sent)
+
+
+async def _name_relay(request: Request, relay: str) -> None:
+    """Send the member to another one."""
+    _mark(request, OWN_WORD)
+    request.respond(307, [(RELAY_FIELD, relay), ("Cache-Control", "no-store")])
 
 
 def _mark(request: Request, word: str) -> None:

@@ -19,6 +19,9 @@ CDN_ID = "docker-registry-proxy"
 ANSWER_FIELD = "X-Fleet-Answer"
 """The field of a response to such a request. Without it, the other side does not count the sender as a member."""
 
+RELAY_FIELD = "X-Fleet-Relay"
+"""The field of a 307 with the member that has the content, or gets it."""
+
 UPSTREAM_WORD, OWN_WORD = "upstream", "own"
 """Its values: the response is upstream's word, or the member's own refusal, which says nothing about the content."""
 

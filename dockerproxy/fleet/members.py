@@ -53,11 +53,13 @@ class Members:
     _now: Callable[[], float]
     me: str = ""
     _names: tuple[str, ...] = ()
+    changed_at: float = 0.0
+    """When the list changed last."""
     _failures: dict[str, _MemberFailures] = field(factory=dict, init=False)
 
     def use(self, names: Iterable[str], me: str) -> None:
         """Replace the list. Members that stay keep their state."""
-        self._names, self.me = tuple(sorted(set(names))), me
+        self._names, self.me, self.changed_at = tuple(sorted(set(names))), me, self._now()
         self._failures = {name: failures for name, failures in self._failures.items() if name in self._names}
 
     @property
@@ -72,6 +74,15 @@ class Members:
     def owns(self, key: str) -> bool:
         """Return whether this daemon is the owner of `key` if all members are up."""
         return bool(self._names) and ordered(key, self._names)[0] == self.me
+
+    def former_owner(self, key: str) -> str | None:
+        """Return the member that owned `key` before this owner came, if it is up; None if this is no owner."""
+        ranked = self.ranked(key)
+        return ranked[1] if len(ranked) > 1 and ranked[0] == self.me else None
+
+    def has_changed_within(self, seconds: float) -> bool:
+        """Return whether the list changed, or this process started, less than `seconds` ago."""
+        return self._now() - self.changed_at < seconds
 
     def is_down(self, name: str) -> bool:
         """Return whether `name` is left alone now, because it has failed."""

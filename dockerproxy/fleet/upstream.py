@@ -11,14 +11,15 @@ TLS with the CA of the fleet.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from attrs import field, frozen
 from twisted.logger import Logger
 
 from dockerproxy.cache.upstream import RegistryClient, UpstreamResponse, WrappedResponse
-from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing
-from dockerproxy.fleet.hop import ANSWER_FIELD, UPSTREAM_WORD, Hop, HopKind, HopLogin
+from dockerproxy.errors import NotCached, RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing
+from dockerproxy.fleet.hop import ANSWER_FIELD, RELAY_FIELD, UPSTREAM_WORD, Hop, HopKind, HopLogin
 from dockerproxy.fleet.members import Members, blob_key, repository_key
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.headers import Headers
@@ -33,7 +34,9 @@ _PASSED_FIELDS = frozenset({"accept", "range"})
 _MAX_TRIES = 3  # members that may fail, each after some seconds, before upstream itself is asked
 _SHORT = 64 * 1024  # bytes; a shorter response is read as a whole, so that another member can take over
 _DISTRUST = 600.0  # seconds for which a member that sent wrong content is left alone
-_UNUSABLE = frozenset({307, 308, 429, 500, 503, 507, 508})
+_UNUSABLE = frozenset({301, 302, 303, 307, 308, 429, 500, 503, 507, 508})
+_MAX_RELAYS = 3  # that may fail before the next member is asked
+_NEW_LIST = 86400.0  # seconds for which an owner may be a new one
 
 log = Logger()
 
@@ -101,6 +104,14 @@ class PeerMeter(Protocol):
         """Count `size` bytes, which were ``received`` or ``sent``."""
 
 
+class RelayNamed(Exception):
+    """A member sends a blob to enough others already, and names one of those."""
+
+    def __init__(self, member: str) -> None:
+        super().__init__(member)
+        self.member = member
+
+
 class MemberFailed(Exception):
     """A member gave no usable answer. The message is a clause that says why. If `is_down`, it is left alone."""
 
@@ -109,17 +120,110 @@ class MemberFailed(Exception):
         self.is_down = is_down
 
 
-class FleetUpstream:
-    """A `RegistryClient` that asks members before `upstream`. `send` and all but pulls of content go to `upstream`."""
+class MemberClient:
+    """Asks single members."""
 
-    def __init__(
-        self, upstream: RegistryClient, members: Members, transport: MemberTransport, waits: Waits, meter: PeerMeter
-    ) -> None:
-        self._upstream = upstream
+    def __init__(self, members: Members, transport: MemberTransport, waits: Waits, meter: PeerMeter) -> None:
         self._members = members
         self._transport = transport
         self._waits = waits
         self._meter = meter
+
+    async def try_ask(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse | None:
+        """Return the answer of `member`, None if it has no usable one. Raise `RelayNamed`, or upstream's error."""
+        try:
+            return await self._ask(member, question, kind)
+        except MemberFailed as failure:
+            if failure.is_down:
+                MemberSender(member, self._members).note_failure(str(failure))
+            return None
+
+    async def ask_owner(self, member: str, question: Question) -> UpstreamResponse | None:
+        """Return the answer of `member`, or of a relay that it names; None if there is no usable one."""
+        kind = HopKind.OWNER
+        for _ in range(_MAX_RELAYS):
+            try:
+                return await self.try_ask(member, question, kind)
+            except RelayNamed as named:
+                relay, kind = named.member, HopKind.LAST
+            is_usable = relay in self._members.names and relay != self._members.me
+            if is_usable and not self._members.is_down(relay):
+                with suppress(RelayNamed):  # which is none of ours, because a relay has what it is asked for
+                    answer = await self.try_ask(relay, question, HopKind.RELAY)
+                    if answer is not None:
+                        return answer
+        return None
+
+    async def _ask(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse:
+        """Return the answer of `member`. Raise `MemberFailed`, `RelayNamed`, or upstream's error if it says so."""
+        # The former owner sends only what it has, so that nobody waits for it.
+        is_wait = kind is not HopKind.FORMER
+        end_wait = self._waits.begin(question.wait_key, member) if is_wait else _end_nothing
+        try:
+            hop = Hop(self._members.me, question.login, kind)
+            try:
+                response = await self._transport.ask(member, question, hop)
+            except UpstreamError as error:
+                raise MemberFailed(error.message) from None
+            try:
+                answer = await self._checked(member, question, response)
+            except BaseException:
+                response.abort()
+                raise
+        except BaseException:
+            end_wait()
+            raise
+        if self._members.worked(member):
+            log.info("the member {member} answers again", member=member)
+        if isinstance(answer, BufferedResponse):
+            end_wait()
+            return answer
+        return MemberResponse(answer, MemberSender(member, self._members), self._meter, end_wait)
+
+    async def _checked(self, member: str, question: Question, response: UpstreamResponse) -> UpstreamResponse:
+        """Return a response that is upstream's word, read as a whole if it is short."""
+        word = response.headers.get(ANSWER_FIELD.lower())
+        relay = response.headers.get(RELAY_FIELD.lower())
+        if response.status == 307 and word is not None and relay is not None:
+            await response.discard()
+            raise RelayNamed(relay)
+        if response.status in _UNUSABLE or word != UPSTREAM_WORD:
+            await response.discard()
+            raise _failure(response.status, word)
+        if response.headers.get("x-cache") == "STALE":
+            await response.discard()
+            reason = response.headers.get("x-cache-because") or "upstream does not answer"
+            raise UpstreamFailing(f"{question.registry}: {reason} (the member {member} has a stale copy)")
+        is_short = response.length is not None and response.length <= _SHORT
+        if question.method == "GET" and (question.kind is Kind.MANIFEST or is_short):
+            return await self._read(member, question, response)
+        return response
+
+    async def _read(self, member: str, question: Question, response: UpstreamResponse) -> BufferedResponse:
+        """Read a response, and check it if it is the whole content."""
+        try:
+            content = await response.read_all(MAX_MANIFEST)
+        except UpstreamError as error:
+            raise MemberFailed(error.message) from None
+        self._meter.count_peer_bytes("received", len(content))
+        digest = question.reference
+        if response.status == 200 and isinstance(digest, Digest) and Digest.of(content, digest.algorithm) != digest:
+            MemberSender(member, self._members).report_mismatch(digest)
+            raise MemberFailed(f"it sent content that does not match {digest}")
+        return BufferedResponse(response, MemberSender(member, self._members), content)
+
+
+class ContentClient:
+    """A `RegistryClient` that asks members about some GETs and HEADs of content, and `upstream` everything else."""
+
+    def __init__(self, upstream: RegistryClient, members: Members, client: MemberClient) -> None:
+        self._upstream = upstream
+        self._members = members
+        self._client = client
+
+    async def _ask_members(self, question: Question) -> UpstreamResponse | None:
+        """Return the answer of a member, None if upstream is to be asked."""
+        raise NotImplementedError
 
     async def request(
         self,
@@ -158,69 +262,42 @@ class FleetUpstream:
         """Send a request as it is; see `UpstreamClient.send`."""
         return await self._upstream.send(method, registry, path, headers, body, client_connection=client_connection)
 
+
+class FleetUpstream(ContentClient):
+    """The client of the cache for clients: it asks the owner of the content, and those after it if that fails."""
+
     async def _ask_members(self, question: Question) -> UpstreamResponse | None:
-        """Return the first usable answer in the order, or None if it is this daemon's turn to ask upstream."""
         for member in self._members.ranked(question.key)[:_MAX_TRIES]:
             if member == self._members.me:
                 return None
-            try:
-                return await self._ask(member, question, HopKind.OWNER)
-            except MemberFailed as failure:
-                if failure.is_down:
-                    MemberSender(member, self._members).note_failure(str(failure))
+            answer = await self._client.ask_owner(member, question)
+            if answer is not None:
+                return answer
         return None
 
-    async def _ask(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse:
-        """Return the answer of `member`. Raise `MemberFailed`, or the error of upstream if that is its answer."""
-        end_wait = self._waits.begin(question.wait_key, member)
-        try:
-            hop = Hop(self._members.me, question.login, kind)
-            try:
-                response = await self._transport.ask(member, question, hop)
-            except UpstreamError as error:
-                raise MemberFailed(error.message) from None
-            try:
-                answer = await self._checked(member, question, response)
-            except BaseException:
-                response.abort()
-                raise
-        except BaseException:
-            end_wait()
-            raise
-        if self._members.worked(member):
-            log.info("the member {member} answers again", member=member)
-        if isinstance(answer, BufferedResponse):
-            end_wait()
-            return answer
-        return MemberResponse(answer, MemberSender(member, self._members), self._meter, end_wait)
 
-    async def _checked(self, member: str, question: Question, response: UpstreamResponse) -> UpstreamResponse:
-        """Return a response that is upstream's word, read as a whole if it is short."""
-        word = response.headers.get(ANSWER_FIELD.lower())
-        if response.status in _UNUSABLE or word != UPSTREAM_WORD:
-            await response.discard()
-            raise _failure(response.status, word)
-        if response.headers.get("x-cache") == "STALE":
-            await response.discard()
-            reason = response.headers.get("x-cache-because") or "upstream does not answer"
-            raise UpstreamFailing(f"{question.registry}: {reason} (the member {member} has a stale copy)")
-        is_short = response.length is not None and response.length <= _SHORT
-        if question.method == "GET" and (question.kind is Kind.MANIFEST or is_short):
-            return await self._read(member, question, response)
-        return response
+class OwnerUpstream(ContentClient):
+    """The client for content that this daemon owns. A new owner asks the former one first, which may have it."""
 
-    async def _read(self, member: str, question: Question, response: UpstreamResponse) -> BufferedResponse:
-        """Read a response, and check it if it is the whole content."""
-        try:
-            content = await response.read_all(MAX_MANIFEST)
-        except UpstreamError as error:
-            raise MemberFailed(error.message) from None
-        self._meter.count_peer_bytes("received", len(content))
-        digest = question.reference
-        if response.status == 200 and isinstance(digest, Digest) and Digest.of(content, digest.algorithm) != digest:
-            MemberSender(member, self._members).report_mismatch(digest)
-            raise MemberFailed(f"it sent content that does not match {digest}")
-        return BufferedResponse(response, MemberSender(member, self._members), content)
+    async def _ask_members(self, question: Question) -> UpstreamResponse | None:
+        if not question.is_clear or question.method != "GET" or not self._members.has_changed_within(_NEW_LIST):
+            return None
+        former = self._members.former_owner(question.key)
+        if former is None:
+            return None
+        with suppress(RelayNamed):
+            return await self._client.try_ask(former, question, HopKind.FORMER)
+        return None
+
+
+class NoUpstream:
+    """The client of a cache that serves only what it has, or is getting."""
+
+    async def request(self, method: str, registry: Registry, path: str, **options: Any) -> UpstreamResponse:
+        raise NotCached("this member does not have it")
+
+    async def send(self, method: str, registry: Registry, path: str, *options: Any, **more: Any) -> UpstreamResponse:
+        raise NotCached("this member does not have it")
 
 
 class MemberResponse(WrappedResponse):
@@ -306,6 +383,10 @@ class BufferedResponse(UpstreamResponse):
 
     def abort(self) -> None:
         self._content = b""
+
+
+def _end_nothing() -> None:
+    """End no wait."""
 
 
 def _question(method: str, registry: Registry, path: str, headers: Headers, credential: Credential) -> Question | None:

@@ -6,6 +6,7 @@ import http.client
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.fake_registry import throttled
-from tests.e2e.harness.fleet import MemberDaemon, pulls, running_fleet, upstream_bytes
+from tests.e2e.harness.fleet import MemberDaemon, pull_blob, pulls, running_fleet, upstream_bytes
 from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, read_response, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import wait_until
@@ -148,3 +149,68 @@ def test_private_content_stays_private_at_every_member(upstreams: Upstreams, tmp
         for field in posing:
             response = request_from(address, fleet.members[1], f"{blob}?ns=basic.test", {"CDN-Loop": field})
             assert response.status in (401, 503)
+
+
+def test_relays_send_a_blob_on(upstreams: Upstreams, tmp_path: Path) -> None:
+    """With FLEET_FAN_OUT=1 each member sends the blob to one other. One of them is killed in the middle."""
+    data = images.random_bytes(8 * MIB, "fleet, relays")
+    digest = upstreams.fake.put_blob("fleet/relays", data)
+    url = f"{FAKE}/v2/fleet/relays/blobs/{digest}"
+    gate = threading.Event()
+    upstreams.fake.add_rule("GET", digest, throttled(20e6, 4 * MIB, gate))
+    with running_fleet(tmp_path, upstreams, 5, FLEET_FAN_OUT="1") as fleet:
+        owner, *others = fleet.owner_first(digest)
+        with ExitStack() as stack:
+            running = []
+            for member in others:  # one after the other, so that the tree is known: a chain
+                running += stack.enter_context(pulls([(member, url)]))
+                wait_until(lambda member=member: _received(member, digest) >= 3 * MIB, "it has the first half")  # type: ignore[misc]
+            assert sum(entry.client != "127.0.0.1" for entry in owner.access_log()) == 3  # each 307
+            others[1].kill()
+            gate.set()
+            outcomes = [one.result() for one in running if one is not running[1]]
+        assert {(one.digest, one.attempts) for one in outcomes} == {(digest, 1)}
+        assert upstream_bytes(upstreams.fake, digest) == len(data)
+        sent = [entry.size for entry in owner.access_log() if entry.status in (200, 206) and entry.size > MIB]
+        assert 1 <= len(sent) <= 2  # the one after the killed relay may come to the owner
+
+
+def test_a_new_owner_gets_the_blob_from_the_former_one(upstreams: Upstreams, tmp_path: Path) -> None:
+    data = images.random_bytes(2 * MIB, "fleet, former")
+    digest = upstreams.fake.put_blob("fleet/former", data)
+    url = f"{FAKE}/v2/fleet/former/blobs/{digest}"
+    with running_fleet(tmp_path, upstreams, 3) as fleet:
+        new, former, third = fleet.owner_first(digest)
+        new.stop()
+        assert pull_blob(former, url).digest == digest
+        new.start()
+        assert pull_blob(new, url).digest == digest
+        assert pull_blob(third, url).digest == digest
+        assert upstream_bytes(upstreams.fake, digest) == len(data)
+
+
+def test_a_member_that_stops_hands_on(upstreams: Upstreams, tmp_path: Path) -> None:
+    """It ends what it sends, and the next requests go to the next member."""
+    data = images.random_bytes(4 * MIB, "fleet, draining")
+    digest = upstreams.fake.put_blob("fleet/draining", data)
+    url = f"{FAKE}/v2/fleet/draining/blobs/{digest}"
+    gate = threading.Event()
+    upstreams.fake.add_rule("GET", digest, throttled(20e6, 2 * MIB, gate))
+    with running_fleet(tmp_path, upstreams, 3) as fleet:
+        owner, second, third = fleet.owner_first(digest)
+        with pulls([(second, url)]) as first:
+            wait_until(lambda: _received(second, digest) >= MIB, "it has the beginning")
+            owner.terminate()
+            wait_until(lambda: "stop" in owner.output_text or not _accepts(owner), "the owner stops to listen")
+            with pulls([(third, url)]) as later:
+                gate.set()
+        assert {one.result().digest for one in (*first, *later)} == {digest}
+        assert {one.result().attempts for one in (*first, *later)} == {1}
+        owner.stop()
+
+
+def _accepts(member: TwistdDaemon) -> bool:
+    try:
+        return request_directly("GET", f"{member.url}/healthz").status == 200
+    except OSError:
+        return False

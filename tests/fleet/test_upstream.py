@@ -13,7 +13,7 @@ from dockerproxy.cache.upstream import UpstreamRepository, UpstreamResponse
 from dockerproxy.errors import UpstreamBroken, UpstreamFailing, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.fleet.hop import Hop, HopKind, HopLogin
 from dockerproxy.fleet.members import Members, blob_key, repository_key
-from dockerproxy.fleet.upstream import FleetUpstream, Question
+from dockerproxy.fleet.upstream import ContentClient, FleetUpstream, MemberClient, OwnerUpstream, Question
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.credentials import BasicCredentials
@@ -44,7 +44,9 @@ class Fleet:
         self.bytes: dict[str, int] = {"received": 0, "sent": 0}
         self.members = Members(self.reactor.seconds)
         self.waits = Waits(self.reactor, None)
-        self.client = FleetUpstream(self.upstream, self.members, self, self.waits, self)
+        member_client = MemberClient(self.members, self, self.waits, self)
+        self.owner_client = OwnerUpstream(self.upstream, self.members, member_client)
+        self.client: ContentClient = FleetUpstream(self.upstream, self.members, member_client)
 
     async def ask(self, member: str, question: Question, hop: Hop) -> UpstreamResponse:
         self.asked.append((member, hop))
@@ -315,3 +317,83 @@ def test_what_this_daemon_waits_for_is_known_until_the_body_has_ended(fleet: Fle
     response.abort()
     assert fleet.waits.member(f"{REGISTRY.host} {digest}") is None
     assert fleet.asked[0][1].kind is HopKind.OWNER
+
+
+def named(relay: str, by: str = "own") -> Answer:
+    def answer(question: Question) -> ScriptedResponse:
+        fields = {"x-fleet-answer": by, "x-fleet-relay": relay, "location": "http://evil.example/"}
+        return ScriptedResponse(307, b"", fields)
+
+    return answer
+
+
+def test_a_member_that_has_enough_others_names_one_of_them(fleet: Fleet) -> None:
+    digest, (owner, second, third) = fleet.blob()
+    fleet.answers |= {owner: named(third), third: word(LONG)}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert [(member, hop.kind) for member, hop in fleet.asked] == [(owner, HopKind.OWNER), (third, HopKind.RELAY)]
+    assert second not in dict(fleet.asked)
+
+
+@pytest.mark.parametrize("relay", ["evil.example:80", "10.9.9.9:3128", "", "me"])
+def test_nobody_is_sent_anywhere_but_to_a_member(fleet: Fleet, relay: str) -> None:
+    digest, (owner, second, _) = fleet.blob()
+    fleet.answers |= {owner: named(fleet.members.me if relay == "me" else relay), second: word(LONG)}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert {member for member, _ in fleet.asked} == {owner, second}
+
+
+def test_the_owner_is_asked_again_if_a_relay_fails(fleet: Fleet) -> None:
+    digest, (owner, _, third) = fleet.blob()
+    answers = iter([named(third), word(LONG)])
+    fleet.answers |= {owner: lambda question: next(answers)(question), third: fail(UpstreamUnreachable("gone"))}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    kinds = [(member, hop.kind) for member, hop in fleet.asked]
+    assert kinds == [(owner, HopKind.OWNER), (third, HopKind.RELAY), (owner, HopKind.LAST)]
+
+
+def test_relays_that_name_each_other_end(fleet: Fleet) -> None:
+    digest, others = fleet.blob()
+    for member, other in zip(others, [*others[1:], others[0]], strict=True):
+        fleet.answers[member] = named(other)
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert len(fleet.upstream.requests) == 1 and len(fleet.asked) <= 18
+
+
+def own_blob(fleet: Fleet) -> tuple[Digest, str]:
+    """Put a blob upstream that this daemon owns. Return its digest, and the former owner."""
+    digest = fleet.repository.put_blob(LONG)
+    fleet.members.use(MEMBERS, "")
+    owner, former, *_ = fleet.members.ranked(blob_key(digest))
+    fleet.members.use(MEMBERS, owner)
+    fleet.client = fleet.owner_client
+    return digest, former
+
+
+def test_a_new_owner_asks_the_former_one_first(fleet: Fleet) -> None:
+    digest, former = own_blob(fleet)
+    fleet.answers[former] = word(LONG)
+    response = fleet.run(fleet.get(blob_path(digest)))
+    assert fleet.waits.member(f"{REGISTRY.host} {digest}") is None  # the former one does not wait, so nobody else does
+    assert read(fleet, response) == LONG
+    assert [hop.kind for _, hop in fleet.asked] == [HopKind.FORMER] and fleet.upstream.requests == []
+
+
+def test_a_former_owner_without_the_blob_is_not_down(fleet: Fleet) -> None:
+    digest, former = own_blob(fleet)
+    fleet.answers[former] = word(LONG, 504, by="own")
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert not fleet.members.is_down(former) and len(fleet.upstream.requests) == 1
+
+
+def test_an_owner_of_old_asks_nobody(fleet: Fleet) -> None:
+    digest, _ = own_blob(fleet)
+    fleet.reactor.advance(86400)
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)))) == LONG
+    assert fleet.asked == []
+
+
+def test_the_former_owner_is_not_asked_for_private_content(fleet: Fleet) -> None:
+    digest, _ = own_blob(fleet)
+    response = fleet.run(fleet.get(blob_path(digest), credential=ClientCredential("Bearer token")))
+    assert read(fleet, response) == LONG and fleet.asked == []
