@@ -27,8 +27,8 @@ from dockerproxy.admin.viewer import Viewer, label_of
 from dockerproxy.cache.access import public_may_read
 from dockerproxy.cache.board import Board
 from dockerproxy.concurrency import in_thread, spawn
-from dockerproxy.daemon.history import ALL, RANGES, History, Numbers, Series
-from dockerproxy.daemon.metrics import OTHER, OWN, UPSTREAM_UP, Metrics
+from dockerproxy.daemon.history import ALL, RANGES, History, Numbers, Series, Summary
+from dockerproxy.daemon.metrics import OTHER, UPSTREAM_UP, Metrics
 from dockerproxy.errors import BadRequest, NameUnknown, RegistryError
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.progress import Stopped
@@ -172,7 +172,7 @@ class LocalOverview:
     async def _overview(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
         range_name = _range_of(arguments)
         registries = await self._registries(viewer, arguments)
-        sums = await in_thread(self._reactor, self._history.sums, range_name)
+        summaries = await in_thread(self._reactor, self._history.summaries, range_name)
         total, since = await in_thread(self._reactor, self._history.total)
         used, limit = await self._usage()
         repositories = await self._summaries.totals(viewer)
@@ -182,7 +182,7 @@ class LocalOverview:
             **self._about,
             "now": self._clock(),
             "range": range_name,
-            "day": _sums(sums[ALL]),
+            "day": _sums(summaries[ALL].numbers),
             "total": {**_sums(total), "since": since},
             "cache": {"bytes": used, "limit": limit, "idle_age": self.sources.idle_age()},
             "budget": budget.get("limits", []),
@@ -210,26 +210,29 @@ class LocalOverview:
         return {"range": range_name, "registries": rows}
 
     def _registry_rows(self, range_name: str, limits: Mapping[str, Document]) -> list[Document]:
-        sums, problems = self._history.sums(range_name), self.sources.problems()
+        summaries, problems = self._history.summaries(range_name), self.sources.problems()
         up = {sample.registry: bool(sample.value) for sample in self._metrics.samples(UPSTREAM_UP)}
-        names = sorted(self._metrics.registries - {OWN})
-        busiest = sorted(names, key=lambda name: -sums.get(name, Numbers()).served)
         # A configured registry that nobody has used is shown; "other" only if it was.
-        shown = [name for name in busiest if name != OTHER or not sums.get(name, Numbers()).is_empty]
+        shown = [
+            name
+            for name, summary in summaries.items()
+            if name != ALL and not (name == OTHER and summary.numbers.is_empty)
+        ]
+        shown.sort(key=lambda name: (-summaries[name].numbers.served, name))
         return [
-            self._registry_row(name, sums.get(name, Numbers()), range_name, up.get(name), limits, problems)
+            self._registry_row(name, summaries[name], up.get(name), limits, problems)
             for name in shown[:_MAX_REGISTRIES]
         ]
 
     def _registry_row(
         self,
         name: str,
-        numbers: Numbers,
-        range_name: str,
+        summary: Summary,
         up: bool | None,
         limits: Mapping[str, Document],
         problems: Mapping[str, str],
     ) -> Document:
+        numbers = summary.numbers
         problem = problems.get(name, f"{name} does not answer" if up is False else "")
         return {
             "name": name,
@@ -239,7 +242,7 @@ class LocalOverview:
             "p50": numbers.percentile(0.5),
             "p95": numbers.percentile(0.95),
             "budget": limits.get(name),
-            "sparkline": self._history.bars(range_name, name) if not numbers.is_empty else [],
+            "sparkline": list(summary.bars) if not numbers.is_empty else [],
             "problem": problem,
         }
 

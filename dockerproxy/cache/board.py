@@ -24,7 +24,7 @@ _ID, _SIZE, _DONE, _READERS, _STARTED, _FLAGS, _TEXT_SIZE, _TEXT = range(8)  # w
 _WORD = 8  # bytes; an aligned 64-bit word is read and written atomically
 _ENTRY_WORDS = 192  # a text of 1,480 bytes; a repository's name has at most 1,024, and a digest 135
 _MAX_TEXT = (_ENTRY_WORDS - _TEXT) * _WORD
-_LAST_ID, _VIEWERS, _FIRST_ENTRY = 0, 1, 8  # words of a process's part
+_LAST_ID, _VIEWERS, _USED, _FIRST_ENTRY = 0, 1, 2, 8  # words of a process's part; the third counts entries in use
 _PART_WORDS = _FIRST_ENTRY + ENTRIES * _ENTRY_WORDS
 _UNKNOWN = 2**64 - 1  # the size of a blob that upstream has not announced
 _PRIVATE = 1  # a flag
@@ -72,7 +72,8 @@ class Board:
         rows = []
         for number in range(self._processes):
             first = number * _PART_WORDS + _FIRST_ENTRY
-            ids = self._words[first : first + ENTRIES * _ENTRY_WORDS : _ENTRY_WORDS].tolist()
+            used = self._words[number * _PART_WORDS + _USED]
+            ids = self._words[first : first + used * _ENTRY_WORDS : _ENTRY_WORDS].tolist()
             for index, identifier in enumerate(ids):
                 if identifier:
                     row = self._read(number, first + index * _ENTRY_WORDS, identifier)
@@ -118,8 +119,7 @@ class BoardPart:
         """Remove all entries, and say that nobody looks at them here."""
         self.set_viewers(0)
         for start in self._entries():
-            if self._words[start + _ID]:
-                self._words[start + _ID] = 0
+            self._words[start + _ID] = 0
 
     def set_viewers(self, count: int) -> None:
         """Set the number of people to which this process shows the board."""
@@ -128,10 +128,16 @@ class BoardPart:
     def add(self, repository: str, digest: Digest, size: int | None, *, private: bool) -> BoardEntry | None:
         """Add a download that begins now. Return None if there is no room for it."""
         text = f"{digest}\n{repository}".encode()
-        start = next((start for start in self._entries() if not self._words[start + _ID]), None)
-        if start is None or len(text) > _MAX_TEXT:
-            return None
         words = self._words
+        start = next((start for start in self._entries() if not words[start + _ID]), None)
+        if len(text) > _MAX_TEXT:
+            return None
+        if start is None:
+            used = words[self._start + _USED]
+            if used == ENTRIES:
+                return None
+            words[self._start + _USED] = used + 1
+            start = self._entries()[-1]
         words[start + _TEXT_SIZE], words[start + _FLAGS] = len(text), _PRIVATE if private else 0
         words[start + _STARTED] = max(0, int(time.time() * 1e6))
         padded = text.ljust(-(-len(text) // _WORD) * _WORD, b"\0")
@@ -144,8 +150,9 @@ class BoardPart:
         return entry
 
     def _entries(self) -> range:
+        """Return the first words of the entries that were ever used. The others take no memory."""
         first = self._start + _FIRST_ENTRY
-        return range(first, first + ENTRIES * _ENTRY_WORDS, _ENTRY_WORDS)
+        return range(first, first + self._words[self._start + _USED] * _ENTRY_WORDS, _ENTRY_WORDS)
 
 
 @define(eq=False)

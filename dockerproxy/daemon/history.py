@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from typing import Any
 from urllib.parse import quote
 
@@ -32,7 +34,7 @@ from dockerproxy.daemon.metrics import (
     UPSTREAM_SECONDS,
     Metrics,
 )
-from dockerproxy.daemon.rings import VALUES, RingFile
+from dockerproxy.daemon.rings import RingFile
 
 SAMPLE_INTERVAL = 10.0
 """Seconds between two samples of the counters."""
@@ -49,6 +51,7 @@ _OF_REGISTRIES = ("5min", "1h")
 _MAX_REGISTRIES = 256  # that have files; beyond that, only the sum counts them
 _WARN_INTERVAL = 600.0  # seconds between two lines about a disk that takes no numbers
 _KEPT = 10.0  # seconds for which sums are not computed again
+_PAUSE = 0.002  # seconds after the numbers of each registry: requests of clients need the interpreter
 
 _COUNTS = len(BUCKETS) + 1
 _CODES_PER_WORD = 8
@@ -101,8 +104,22 @@ class Numbers:
         self.stale += sign * other.stale
         self.latencies = [mine + sign * theirs for mine, theirs in zip(self.latencies, other.latencies, strict=True)]
 
+    def add_row(self, values: Sequence[int], *, with_latencies: bool = True) -> None:
+        """Add the values of a row of a ring."""
+        self.requests += values[0]
+        self.served += values[1]
+        self.downloaded += values[2]
+        self.errors += values[3]
+        self.stale += values[4]
+        if with_latencies and (values[5] or values[6]):
+            codes = b"".join(word.to_bytes(_CODES_PER_WORD, "little") for word in values[5:7])
+            self.latencies = [
+                count + _COUNT_OF_CODE[code] for count, code in zip(self.latencies, codes[:_COUNTS], strict=True)
+            ]
+
     @property
     def is_empty(self) -> bool:
+        """Whether nothing was counted."""
         return not (self.requests or self.served or self.downloaded or self.errors or any(self.latencies))
 
     def percentile(self, part: float) -> float | None:
@@ -130,10 +147,9 @@ class Numbers:
     @classmethod
     def from_row(cls, values: Sequence[int]) -> Numbers:
         """Return the numbers that `row` returned the values of."""
-        codes = b"".join(word.to_bytes(_CODES_PER_WORD, "little") for word in values[VALUES - 2 :])
-        requests, served, downloaded, errors, stale = values[: VALUES - 2]
-        latencies = [_decode_count(code) for code in codes[:_COUNTS]]
-        return cls(requests, served, downloaded, errors, stale, latencies)
+        numbers = cls()
+        numbers.add_row(values)
+        return numbers
 
 
 def _encode_count(count: int) -> int:
@@ -150,6 +166,9 @@ def _decode_count(code: int) -> int:
         return code
     exponent, mantissa = divmod(code - _RATE, 8)
     return ((8 + mantissa) << (exponent + 1)) + (1 << exponent)
+
+
+_COUNT_OF_CODE = tuple(map(_decode_count, range(256)))
 
 
 def current_numbers(metrics: Metrics) -> dict[str, Numbers]:
@@ -190,6 +209,14 @@ class Series:
     bins: list[Numbers]
 
 
+@frozen
+class Summary:
+    """The numbers of a range, and the bytes that were served in at most `MAX_BARS` equal parts of it."""
+
+    numbers: Numbers
+    bars: tuple[int, ...]
+
+
 class History:
     """The ring files in `directory`. `clock` returns POSIX time. All methods block, except those of the constructor.
 
@@ -205,7 +232,8 @@ class History:
         self._current: dict[tuple[str, str], tuple[int, Numbers]] = {}  # the rows in progress, by ring and registry
         self._named: set[str] = set()  # registries that have files
         self._warned_at: float | None = None
-        self._sums: dict[str, tuple[float, Mapping[str, Numbers]]] = {}  # by range, with their times
+        self._summaries: dict[str, tuple[float, Mapping[str, Summary]]] = {}  # by range, with their times
+        self._total: tuple[float, Numbers, float | None] = (-inf, Numbers(), None)  # with its time
 
     def _clock(self) -> float:
         return max(0.0, self._wall_clock())  # a machine without a clock of its own may begin before 1970
@@ -226,8 +254,8 @@ class History:
             if not total.is_empty:
                 self._add(ALL, _RINGS, now, total)
 
-    def series(self, range_name: str, registry: str = ALL) -> Series:
-        """Return the numbers of a range, one of `RANGES`, up to now. That of a registry has bins of 5 min at least."""
+    def series(self, range_name: str, registry: str = ALL, *, with_latencies: bool = False) -> Series:
+        """Return the numbers of a range, one of `RANGES`, up to now. Bins of one registry have at least 5 min."""
         span = RANGES[range_name]
         ring_name, step = span.ring, span.step
         if registry != ALL and ring_name not in _OF_REGISTRIES:
@@ -239,33 +267,50 @@ class History:
         with self._lock:
             rows = ring.read(ring.period(first_bin * step), ring.period(now))
         for period, values in rows:
-            bins[period * ring.step // step - first_bin].add(Numbers.from_row(values))
+            bins[period * ring.step // step - first_bin].add_row(values, with_latencies=with_latencies)
         return Series(step, first_bin * step, bins)
 
-    def sums(self, range_name: str) -> Mapping[str, Numbers]:
-        """Return the numbers of a range in all (`ALL`) and for each registry. They may be some seconds old."""
+    def summaries(self, range_name: str) -> Mapping[str, Summary]:
+        """Return the numbers of a range in all (`ALL`) and for each registry.
+
+        They are as old as a thirtieth of a bin at most, or 10 s, because a long range takes a while.
+        """
         now = self._clock()
-        computed_at, sums = self._sums.get(range_name, (-_KEPT, {}))
-        if not 0 <= now - computed_at < _KEPT:
-            names = [ALL, *self._metrics.registries]
-            sums = {name: _sum(self.series(range_name, name).bins) for name in names if name != OWN}
-            self._sums[range_name] = now, sums
-        return sums
+        computed_at, summaries = self._summaries.get(range_name, (-inf, {}))
+        if not 0 <= now - computed_at < max(_KEPT, RANGES[range_name].step / 30):
+            summaries = {}
+            for name in (ALL, *sorted(self._metrics.registries - {OWN})):
+                summaries[name] = self._summarize(range_name, name)
+                time.sleep(_PAUSE)
+            self._summaries[range_name] = now, summaries
+        return summaries
+
+    def _summarize(self, range_name: str, name: str) -> Summary:
+        bins = self.series(range_name, name, with_latencies=True).bins
+        numbers = Numbers()
+        for part in bins:
+            if not part.is_empty:
+                numbers.add(part)
+        size = -(-len(bins) // MAX_BARS)
+        bars = (sum(part.served for part in bins[at : at + size]) for at in range(0, len(bins), size))
+        return Summary(numbers, tuple(bars))
 
     def total(self) -> tuple[Numbers, float | None]:
-        """Return the numbers of the last two years in all, and the POSIX time at which they begin; None if never."""
-        now = self._clock()
-        ring = self._ring("1h", ALL)
-        with self._lock:
-            rows = ring.read(max(0, ring.period(now) - ring.rows + 1), ring.period(now))
-        numbers = _sum(Numbers.from_row(values) for _, values in rows)
-        return numbers, float(rows[0][0] * ring.step) if rows else None
+        """Return the numbers of the last two years in all, and the POSIX time at which they begin; None if never.
 
-    def bars(self, range_name: str, registry: str) -> list[int]:
-        """Return the bytes that were served of a registry in at most `MAX_BARS` equal parts of a range."""
-        bins = self.series(range_name, registry).bins
-        size = -(-len(bins) // MAX_BARS)
-        return [sum(numbers.served for numbers in bins[at : at + size]) for at in range(0, len(bins), size)]
+        They may be some seconds old.
+        """
+        now = self._clock()
+        computed_at, numbers, since = self._total
+        if not 0 <= now - computed_at < _KEPT:
+            ring = self._ring("1h", ALL)
+            with self._lock:
+                rows = ring.read(max(0, ring.period(now) - ring.rows + 1), ring.period(now))
+            numbers, since = Numbers(), float(rows[0][0] * ring.step) if rows else None
+            for _, values in rows:
+                numbers.add_row(values, with_latencies=False)
+            self._total = now, numbers, since
+        return numbers, since
 
     def _add(self, name: str, rings: Iterable[str], now: float, growth: Numbers) -> None:
         for ring_name in rings:
@@ -323,13 +368,6 @@ class HistoryService(TimerService):
     async def _stop(self) -> None:
         await super().stopService()  # type: ignore[no-untyped-call]
         await self._sample()
-
-
-def _sum(parts: Iterable[Numbers]) -> Numbers:
-    total = Numbers()
-    for part in parts:
-        total.add(part)
-    return total
 
 
 def _file_name(registry: str) -> str:
