@@ -14,7 +14,7 @@ HEADERS = [ -e /usr/include/openssl/ssl.h ] || tools/apt-install openssl-headers
 
 # The oldest versions that setup.cfg allows. They are not newer than those of Ubuntu 24.04.
 OLDEST = twisted==24.3.0 pyopenssl==23.2.0 cryptography==41.0.7 service-identity==23.1.0 attrs==23.2.0 bcrypt==3.2.2 prometheus_client==0.16.0 \
-    jinja2==3.1.2 rich==13.3.1 argcomplete==2.0.0 botocore==1.29.27
+    jinja2==3.1.2 rich==13.3.1 argcomplete==2.0.0 botocore==1.29.27 pyyaml==6.0.1
 
 ROOT := $(filter 0,$(shell id -u))
 METADATA = setup.cfg setup.py pyproject.toml
@@ -117,12 +117,12 @@ clean: ## remove all generated files except ./var, which has the cache and the C
 	@touch $@
 
 .venv/made-test: .venv/made
-	.venv/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[s3,test]'
+	.venv/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[s3,yaml,test]'
 	@touch $@
 
 .venv-oldest/made: $(METADATA) Makefile
 	@PYTHON=$(PYTHON) tools/make-venv .venv-oldest
-	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) '.[s3]' pytest pytest-xdist hypothesis $(OLDEST)
+	.venv-oldest/bin/python $(PIP_INSTALL) $(EDITABLE) '.[s3,yaml]' pytest pytest-xdist hypothesis $(OLDEST)
 	@touch $@
 
 .venv-fuzz/made: $(METADATA) Makefile

@@ -117,16 +117,17 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
-    logins that are refused, and `logins` has those of credential helpers. `silent_servers` remembers servers that do
-    not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
-    questions of the page and the API. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
-    is true if the daemon has several processes.
+    logins that are refused, `report_pull` of GETs of manifests, and `logins` has those of credential helpers.
+    `silent_servers` remembers servers that do not answer. `board` shows the downloads of all processes, `board_part`
+    those of this one, and `overview` answers the questions of the page and the API. `bindings` maps issued tokens to
+    the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     state: StateDirectory
     cache_space: CacheSpace
     metrics: Metrics
     report_login: OnLoginChanged
+    report_pull: Callable[[str, str], None]
     logins: LoginProvider
     silent_servers: SilentServers
     tombstones: Tombstones
@@ -522,6 +523,7 @@ def build_cache(
         layout=shared.state.cache,
         records=shared.state.open_records(file_counter.add),
         on_file_created=file_counter.add,
+        on_pull=shared.report_pull,
         space=shared.cache_space,
         secret=shared.state.cache_secret,
         bindings=shared.bindings,
@@ -749,9 +751,11 @@ def _render_metrics(
     from dockerproxy.daemon.exposition import measured_gauges, rate_limit_gauges, render
 
     # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
+    # If there are several logins, it is the one that was used last.
+    stored = sorted(stored_limits(shared.state.open_records()), key=lambda limit: limit[1].seen)
     limits = {
         registry_label(registry): asdict(limit)
-        for registry, limit in stored_limits(shared.state.open_records())
+        for registry, limit in stored
         if registry_label(registry) in shared.metrics.registries
     }
     gauges = (*measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits))

@@ -122,6 +122,19 @@ def _build_parser() -> argparse.ArgumentParser:
         group.add_argument("--hosted", dest="where", action="store_const", const="hosted", help="hosted images only")
         group.add_argument("--cached", dest="where", action="store_const", const="cached", help="cached images only")
 
+    def add_image_options(subparser: argparse.ArgumentParser) -> None:
+        subparser.add_argument("images", nargs="*", metavar="IMAGE", help="its name, such as nginx:1.29")
+        subparser.add_argument(
+            "--from-file", metavar="FILE",
+            help="also those in a list, compose file, Kubernetes manifest or Dockerfile; - is the standard input",
+        )  # fmt: skip
+        subparser.add_argument(
+            "--platform", type=_list, metavar="P[,P]",
+            help="such as linux/amd64,linux/arm64, or all (default: those pulled here before, or this machine's)",
+        )  # fmt: skip
+        subparser.add_argument("--referrers", action="store_true", help="signatures and SBOMs, too; pins have them")
+        subparser.add_argument("--detach", action="store_true", help="do not wait for the end")
+
     ls = add_command("ls", "images:list_", "list repositories, or the tags and manifests of one")
     ls.add_argument(
         "name", nargs="?", metavar="NAME", type=_name,
@@ -168,6 +181,23 @@ def _build_parser() -> argparse.ArgumentParser:
         "--check", metavar="FILE", help="check a file with settings and the files that it names instead"
     )
     add_command("reload", "config:reload", "make the daemon read its settings again, and print the result")
+    pull = add_command("pull", "pull:pull", "pull images into the cache, so that clients find them there")
+    add_image_options(pull)
+    pull.add_argument("--pin", action="store_true", help="keep them there from now on")
+    pull.add_argument("--dry-run", action="store_true", help="only say how many pulls and bytes it would take")
+    pin = add_command("pin", "pull:pin", "pull images into the cache, and keep them there")
+    add_image_options(pin)
+    pin.add_argument(
+        "--refresh", type=_duration, metavar="TIME", help="ask after TIME whether the tag has moved (default 6h)"
+    )
+    unpin = add_command("unpin", "pull:unpin", "let pinned images leave the cache again")
+    unpin.add_argument("images", nargs="+", metavar="IMAGE", help="its name, such as nginx:1.29")
+    pins = add_command("pins", "pull:pins", "list pinned images; with --missing exit 1 if one is not whole")
+    pins.add_argument("--missing", action="store_true", help="only those of which something is missing")
+    pins.add_argument(
+        "--refresh", action="store_true", help="ask the registries whether tags have moved, where it is time"
+    )
+    pins.add_argument("--all", action="store_true", help="with --refresh: all of them now")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 
@@ -188,6 +218,10 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:18]) < 10**9):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 1 to 999999999")
     return int(text)
+
+
+def _list(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _duration(text: str) -> float:

@@ -96,6 +96,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def percentage(text: str) -> int:
+    """Parse ``20%`` or ``20``, from 0 to 100."""
+    match = re.fullmatch(r"([0-9]{1,3})\s*%?", text)
+    if match is None or int(match[1]) > 100:
+        raise ValueError(f"{redacted_repr(text)} is not a percentage from 0% to 100%, such as 20%")
+    return int(match[1])
+
+
 def path(text: str) -> Path:
     """Parse the path of a file or directory. A relative path is relative to the working directory of the daemon."""
     if "\0" in text:

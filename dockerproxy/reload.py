@@ -1,9 +1,9 @@
 """Reload on SIGHUP: read the settings again and apply those that may change in a running daemon.
 
 These are REGISTRIES, AUTH_REGISTRIES with its delimiters, CREDENTIAL_HELPERS, DOCKER_CONFIG_FILE, PROXY_HTPASSWD_FILE,
-HTPASSWD_FILE, ANONYMOUS_PULL, REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS and
-REGISTRY_URL. The code that uses them holds a mapping or an object that is modified in place, so a reload closes no
-connection and interrupts no transfer.
+HTPASSWD_FILE, ANONYMOUS_PULL, REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS,
+REGISTRY_URL, RATE_RESERVE and PIN_FILE. The code that uses them holds a mapping or an object that is modified in place,
+so a reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ RELOADABLE = {
     "allowed_hosts",
     "registry_url",
     "cors_origins",
+    "rate_reserve",
+    "pin_file",
     "warnings",
 }
 """The attributes of `Settings` that a reload applies."""

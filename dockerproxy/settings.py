@@ -62,6 +62,8 @@ class Settings:
     cache_max_size: int = _setting(parsers.size, "32g")
     cache_max_blob_size: int | None = _setting(parsers.size)
     cache_inactive: float = _setting(parsers.positive_duration, "60d")
+    rate_reserve: int = _setting(parsers.percentage, "20%")
+    pin_file: Path | None = _setting(parsers.path)
     enable_manifest_cache: bool = _setting(parsers.boolean, "false")
     manifest_cache_primary_regex: re.Pattern[str] = _setting(parsers.regex, "(stable|nightly|production|test)")
     manifest_cache_primary_time: float = _setting(parsers.duration, "10m")

@@ -20,6 +20,7 @@ from dockerproxy.admin.control import Control, ControlHandler, DaemonFacts, Debu
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Operations
 from dockerproxy.admin.overview import LocalOverview, OverviewSources
+from dockerproxy.admin.pulls import PullService
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.admin.summary import Summaries
 from dockerproxy.app import (
@@ -33,8 +34,12 @@ from dockerproxy.app import (
 )
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
+from dockerproxy.cache.image_budget import PullBudget
+from dockerproxy.cache.image_pull import ImagePuller
 from dockerproxy.cache.janitor import Janitor
-from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.cache.pins import Pins, pin_records
+from dockerproxy.cache.pull_counts import PullCounts
+from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
@@ -121,13 +126,17 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
     metrics = Metrics.make(settings.workers, map(registry_label, settings.intercepted))
+    pins = Pins(reactor, pin_records(state.cache), time.time, limit=settings.cache_max_size, cost=BLOB_COST)
     tombstones, tombstone_file = Tombstones(), str(settings.state_dir / "history/evicted")
     tombstones.load(tombstone_file)
-    cache_space = build_cache_space(reactor, settings, state, tombstones, metrics.count_evictions)
+    cache_space = build_cache_space(reactor, settings, state, tombstones, pins, metrics.count_evictions)
+    pins.subscribe(cache_space.keep, cache_space.stop_keeping)
+    pins.load()
     helpers = CredentialHelpers(reactor, configuration.variables)
     logins = LocalLoginProvider(helpers.run, reactor.seconds)
     reactor.callWhenRunning(configure_provider, logins, configuration)
-    shared_state, bindings = SharedState(cache_space, EndedLogins(time.time), logins), Bindings()
+    pull_counts, bindings = PullCounts(time.time), Bindings()
+    shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts)
     forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
@@ -143,7 +152,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
-    apply = partial(apply_configuration, server, workers.supervisor, shared_state)
+    pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
+    overview.sources.budget, overview.sources.is_pinned = pulls.budget, pulls.is_pinned
+    apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
     reloader = Reloader(read, apply, configuration, server.registries, notifier, server.audit, report_reload)
@@ -166,6 +177,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         workers.supervisor,
         operations,
         helpers,
+        pulls,
         build_control_socket(
             reactor,
             settings,
@@ -180,7 +192,11 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             report,
             partial(daemon_facts, workers.supervisor, listener_service, authority),
             partial(server.pools.lookups.run, local_user_name),
-            {**configuration_handlers.handlers(), **ControlAPI(shared.overview, server.live).handlers},
+            {
+                **configuration_handlers.handlers(),
+                **ControlAPI(shared.overview, server.live).handlers,
+                **pulls.handlers,
+            },
             overview.sources,
         ),
         DebugSignalService(reactor, report),
@@ -270,7 +286,11 @@ def abort_on_repeated_stop(reactor: Any, supervisor: WorkerSupervisor, abort_con
 
 
 async def apply_configuration(
-    server: ProxyServer, supervisor: WorkerSupervisor, shared_state: SharedState, configuration: Configuration
+    server: ProxyServer,
+    supervisor: WorkerSupervisor,
+    shared_state: SharedState,
+    pulls: PullService,
+    configuration: Configuration,
 ) -> list[str]:
     """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
 
@@ -280,6 +300,7 @@ async def apply_configuration(
     server.reconfigure(configuration.settings)
     configure_provider(shared_state.logins, configuration)
     shared_state.ended_logins.clear()
+    pulls.reconfigure(configuration.settings.rate_reserve, configuration.settings.pin_file)
     return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
@@ -364,6 +385,7 @@ def build_cache_space(
     settings: Settings,
     state: StateDirectory,
     tombstones: Tombstones,
+    pins: Pins,
     on_evicted: Callable[[str, int], None],
 ) -> CacheSpaceManager:
     """Build the manager of the cache's disk space in CACHE_DIR."""
@@ -375,7 +397,7 @@ def build_cache_space(
         max_blob_size=settings.max_blob_size,
         inactive=settings.cache_inactive,
         clock=time.time,
-        janitor=Janitor(state.cache, state.open_records(), time.time, tombstones),
+        janitor=Janitor(state.cache, state.open_records(), time.time, tombstones, pins.is_pinned),
         tombstones=tombstones,
         on_evicted=on_evicted,
     )
@@ -420,6 +442,17 @@ def describe_outages(states: RegistryStates) -> dict[str, str]:
     }
 
 
+def build_pulls(
+    reactor: Any, settings: Settings, state: StateDirectory, server: ProxyServer, pins: Pins, counts: PullCounts
+) -> PullService:
+    """Build what pulls and pins images for the administrator."""
+    budget = PullBudget(reactor, server.pull_through.manifests.rate_limits, counts, time.time, settings.rate_reserve)
+    puller = ImagePuller(reactor, server.pull_through, state.cache, server.registries.mirrored, budget)
+    return PullService(
+        reactor, puller, budget, pins, state.cache, state.open_records(), server.audit, time.time, settings.pin_file
+    )
+
+
 def build_control_socket(
     reactor: Any,
     settings: Settings,
@@ -452,14 +485,13 @@ def build_control_socket(
         rules,
         registry_disk,
         ended_logins,
-        state.open_records(),
         debug_report,
         facts,
         user_name,
         time.time,
         handlers,
     )
-    sources.status, sources.budget = control.status, control.budget
+    sources.status = control.status
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 

@@ -525,7 +525,9 @@ def test_budget(daemon: DaemonProcess) -> None:
     ]
     limits.note(Registry.parse("registry-1.docker.io"), "public", "GET", 200, Headers(fields))
     assert re.fullmatch(
-        r"docker\.io: 34 of 100 pulls left in 6 hours for 192\.0\.2\.7, \d seconds? ago\n", daemon.run("budget")
+        r"docker\.io: 34 of 100 pulls left in 6 hours for 192\.0\.2\.7, \d seconds? ago; more by \d\d:\d\d:\d\d\n"
+        r"  `dockerproxy pull` leaves 20 to clients\n",
+        daemon.run("budget"),
     )
     limits.note(Registry.parse("registry-1.docker.io"), "public", "GET", 429, Headers([("Retry-After", "600")]))
     assert re.search(r"; refuses more until \d\d:\d\d:\d\d\n", daemon.run("budget"))

@@ -9,15 +9,16 @@ import pytest
 _ROOT = Path(__file__).parents[1]
 
 # The Debian package of a project, where it is not python3-NAME.
-_DEBIAN_NAMES = {"attrs": "python3-attr", "pyopenssl": "python3-openssl"}
+_DEBIAN_NAMES = {"attrs": "python3-attr", "pyopenssl": "python3-openssl", "pyyaml": "python3-yaml"}
 
 
 def _requirements() -> dict[str, str]:
-    """Return the oldest version of each dependency, those of the extra ``s3`` included."""
+    """Return the oldest version of each dependency, those of the extras ``s3`` and ``yaml`` included."""
     setup = configparser.ConfigParser()
     setup.read(_ROOT / "setup.cfg")
-    lines = setup["options"]["install_requires"].split() + setup["options.extras_require"]["s3"].split()
-    return dict(line.split(">=") for line in lines)
+    extras = setup["options.extras_require"]
+    lines = [setup["options"]["install_requires"], extras["s3"], extras["yaml"]]
+    return dict(line.split(">=") for line in " ".join(lines).split())
 
 
 REQUIREMENTS = _requirements()

@@ -26,7 +26,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import attrs
-from attrs import asdict, field, frozen
+from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.logger import Logger
 
@@ -50,18 +50,15 @@ from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.operations import Event, OperationError, Operations
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound, StoreView
 from dockerproxy.cache.ended_logins import EndedLogins
-from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import ClientDisconnected, Request
-from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 from dockerproxy.store.disk_access import DiskAccess
-from dockerproxy.store.records import Records
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE, "match": NAME}
@@ -129,7 +126,6 @@ class Control:
     _rules: HostedRules
     _registry_disk: DiskAccess
     _ended_logins: EndedLogins
-    _records: Records
     _debug_report: DebugReport
     _facts: DaemonFacts
     _user_name: UserName
@@ -177,8 +173,6 @@ class Control:
                 request.respond(200, JSON_FIELDS, json.dumps(await self.status()).encode())
             case "GET", "/v1/debug":
                 request.respond(200, JSON_FIELDS, json.dumps(await self._debug_report()).encode())
-            case "GET", "/v1/budget":
-                request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())
             case "GET", "/v1/names":
                 await self._names(request, parse_pairs(parse_query(request.query), COMPLETE))
             case "GET", "/v1/repositories":
@@ -200,11 +194,6 @@ class Control:
                     "UNSUPPORTED",
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
-
-    async def budget(self) -> dict[str, Any]:
-        """Return the rate limits of registries as a JSON value."""
-        limits = await in_thread(self._reactor, stored_limits, self._records)
-        return {"limits": [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in limits]}
 
     async def status(self) -> dict[str, Any]:
         """Return the state of the daemon as a JSON value."""

@@ -124,6 +124,7 @@ class LocalOverview:
         self._board = board
         self._history = history
         self._summaries = summaries
+        summaries.is_pinned = lambda key: self.sources.is_pinned(key, None)
         self._stores = {store.kind: store for store in stores}
         self._records = records
         self._registry_disk = registry_disk

@@ -22,6 +22,7 @@ from dockerproxy.cache.download_state import DownloadState
 from dockerproxy.cache.downloads import BlobDownload, Downloads
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.open_readers import OpenReaders
+from dockerproxy.cache.pins import PinnedContent
 from dockerproxy.cache.possession import PossessionCheck, verified_size
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import (
@@ -31,6 +32,7 @@ from dockerproxy.cache.upstream import (
     error_for_content,
     error_from_response,
     is_denial,
+    is_gone,
 )
 from dockerproxy.concurrency import SingleFlight, in_thread, spawn
 from dockerproxy.errors import (
@@ -78,6 +80,7 @@ class CachedBlobs:
         open_readers: OpenReaders,
         possession: PossessionCheck,
         tombstones: Tombstones,
+        pinned: PinnedContent,
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -89,6 +92,7 @@ class CachedBlobs:
         self._open_readers = open_readers
         self._possession = possession
         self._tombstones = tombstones
+        self._pinned = pinned
         self._confirmations: SingleFlight[tuple[object, ...], bool] = SingleFlight(cancel_abandoned=True)
         self._access_checks: SingleFlight[tuple[object, ...], int | None] = SingleFlight(cancel_abandoned=True)
 
@@ -141,7 +145,7 @@ class CachedBlobs:
             cache_status = "PEER" if download.is_from_member else "MISS"
             return await self._join(download, principal, visibility, granted, cache_status)
         check = partial(self._confirm, digest=digest, proven=visibility is not None)
-        status, because = await self._authorize(principal, visibility, check)
+        status, because = await self._authorize(principal, digest, visibility, check)
         return self._open_stored(digest, status, because)
 
     def _visibility(self, principal: UpstreamPrincipal, digest: Digest) -> Visibility | None:
@@ -170,7 +174,7 @@ class CachedBlobs:
         if download.size is None:
             return None
         check = partial(self._ask_access, download=download)
-        status, because = await self._authorize(principal, visibility, check)
+        status, because = await self._authorize(principal, download.digest, visibility, check)
         response = self._open_reader(download, principal, "JOINED", visibility)
         # The check was about the bytes of this download. The store may have those of another registry.
         if response is None and download.verified:
@@ -258,6 +262,7 @@ class CachedBlobs:
     async def _authorize(
         self,
         principal: UpstreamPrincipal,
+        digest: Digest,
         visibility: Visibility | None,
         check: Callable[[UpstreamPrincipal], Awaitable[object]],
     ) -> tuple[str, str]:
@@ -270,7 +275,11 @@ class CachedBlobs:
             return "REVALIDATED", "unproven"
         except RegistryError as error:
             outage = error
-            if visibility is None or not is_outage(error):
+            if visibility is None:
+                raise
+            if not is_outage(error):
+                if await self._keeps(principal, digest, visibility, error):
+                    return "STALE", outage.message
                 raise
             identity = self._access.outage_identity(principal, error, public=visibility is Visibility.PUBLIC)
             if identity is None:
@@ -283,6 +292,15 @@ class CachedBlobs:
                 if not is_outage(error):
                     raise
         return "STALE", outage.message
+
+    async def _keeps(
+        self, principal: UpstreamPrincipal, digest: Digest, visibility: Visibility, error: RegistryError
+    ) -> bool:
+        """Return whether a pinned image has the blob that upstream has no longer, and the client had access."""
+        key, public = principal.repository.key, visibility is Visibility.PUBLIC
+        if not is_gone(error) or self._access.state(key, principal.identity, public=public) is AccessState.UNKNOWN:
+            return False
+        return await in_thread(self._reactor, self._pinned.has, key, digest)
 
     # upstream access checks
 

@@ -19,6 +19,7 @@ from dockerproxy.cache.identity import Bindings, Identities
 from dockerproxy.cache.ingests import Ingests
 from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.open_readers import OpenReaders
+from dockerproxy.cache.pins import PinnedContent, pin_records
 from dockerproxy.cache.possession import PossessionCheck
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.rate_limits import RateLimits
@@ -43,9 +44,10 @@ _MAX_PRIVATE_REPOSITORIES = 10_000
 class CacheServices:
     """The services that the parts of a cache use. `clock` returns POSIX time.
 
-    `on_file_created` is called after each new link. `multi_process` is true if other processes use the same files; then
-    they share `bindings`, `locks` and `space` too. `upstream` is the client for registries, and `content` the one by
-    which manifests and blobs are fetched; in a fleet, that one asks the other members first.
+    `on_file_created` is called after each new link, `on_pull` with the registry and repository of each manifest that
+    upstream has sent. `multi_process` is true if other processes use the same files; then they share `bindings`,
+    `locks` and `space` too. `upstream` is the client for registries, and `content` the one by which manifests and blobs
+    are fetched; in a fleet, that one asks the other members first.
     """
 
     reactor: Any
@@ -53,6 +55,7 @@ class CacheServices:
     layout: Layout
     records: Records
     on_file_created: Callable[[], object]
+    on_pull: Callable[[str, str], None]
     space: CacheSpace
     secret: bytes
     bindings: Bindings
@@ -108,7 +111,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     links = Links(services.layout, False, clock, services.on_file_created)
     access = Access(records, clock, services.multi_process)
     companions = Companions(records, links, access)
-    rate_limits = RateLimits(records, clock)
+    rate_limits, pinned = RateLimits(records, clock), PinnedContent(pin_records(services.layout))
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
     downloads = Downloads(reactor, content, space, ingests, open_readers, policy.download_limits, services.board)
@@ -129,12 +132,14 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         companions,
         policy.freshness,
         rate_limits,
+        pinned,
         services.locks,
         services.parser,
         services.tombstones,
         clock=clock,
         on_stored=record_manifest,
         on_used=space.touch,
+        on_pull=services.on_pull,
     )
     challenges = Challenges(
         agent, records, policy.intercepted, policy.on_challenges, policy.allows_client_to, address_check_for, clock
@@ -148,7 +153,17 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         manifests,
         companions,
         CachedBlobs(
-            reactor, content, blobs, links, downloads, access, space, open_readers, possession, services.tombstones
+            reactor,
+            content,
+            blobs,
+            links,
+            downloads,
+            access,
+            space,
+            open_readers,
+            possession,
+            services.tombstones,
+            pinned,
         ),
         services.parser,
         policy.registries,

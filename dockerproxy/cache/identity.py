@@ -23,6 +23,9 @@ from dockerproxy.upstream.credentials import Anonymous, Credential
 PUBLIC = "public"
 """The identity of clients without a credential. Every client may read the repositories that PUBLIC may read."""
 
+LOGIN_PREFIX = "login:"
+"""The start of the identities of the administrator's logins, which serve clients without one."""
+
 TOKEN_LIFETIME = 3600
 """Lifetime of a local token in seconds."""
 
@@ -133,7 +136,7 @@ class Identities:
         if isinstance(credential, Anonymous):
             return PUBLIC
         if isinstance(credential, BasicCredentials | IdentityToken):
-            return "login:" + self._hash(f"{registry}\n{credential.user}")
+            return LOGIN_PREFIX + self._hash(f"{registry}\n{credential.user}")
         return self._for_client(registry, name, credential.authorization)
 
     def _for_client(self, registry: Registry, name: Repository, authorization: str) -> str:

@@ -27,6 +27,9 @@ from dockerproxy.store.links import LinkEntry, Links, iter_repositories
 from dockerproxy.store.records import RecordEntry, Records
 from dockerproxy.store.tombstones import Tombstones
 
+IsPinned = Callable[[str, str | None], bool]
+"""Returns whether a tag or digest of a repository, or anything of it, is pinned; see `Pins`."""
+
 GRACE = 3600.0
 """Seconds for which links and records stay after their last use, even if nothing needs them. The blob of a link may be
 on its way."""
@@ -132,16 +135,23 @@ def divide_excess(counts: Mapping[str, int], excess: int) -> dict[str, int]:
 class Janitor:
     """The janitor of the cache in `layout` and `records`. `clock` returns POSIX time.
 
-    `tombstones` get the links to layers and manifests that it removes because their blob is gone.
+    `tombstones` get the links to layers and manifests that it removes because their blob is gone. Those that
+    `is_pinned` names are not evicted.
     """
 
     def __init__(
-        self, layout: Layout, records: Records, clock: Callable[[], float], tombstones: Tombstones | None = None
+        self,
+        layout: Layout,
+        records: Records,
+        clock: Callable[[], float],
+        tombstones: Tombstones | None = None,
+        is_pinned: IsPinned | None = None,
     ) -> None:
         self._layout = layout
         self._records = records
         self._clock = clock
         self._tombstones = tombstones or Tombstones()
+        self._is_pinned = is_pinned or _is_never_pinned
         self._blobs = Blobs(layout, durable=False)
         self._links = Links(layout, durable=False)
         self.inodes = 0
@@ -239,8 +249,11 @@ class Janitor:
             abs(now - entry.last_used),
             is_needed,
             discard=partial(self._links.discard, entry, is_needed),
-            evict=partial(self._links.discard, entry, _no),
+            evict=None if self._keeps(repository, entry) else partial(self._links.discard, entry, _no),
         )
+
+    def _keeps(self, repository: str, entry: LinkEntry) -> bool:
+        return entry.digest is not None and self._is_pinned(repository, str(entry.digest))
 
     def _is_present(self, digest: Digest | None) -> bool:
         # The download becomes the blob, so look for the download first.
@@ -263,16 +276,17 @@ class Janitor:
         """Return what tells whether a record is needed, and whether it may be evicted even if it is."""
         kind, *names = entry.key
         match kind, *names:
-            case "tag", repository, _:
-                return partial(self._has_tag, repository, entry), True
+            case "tag", repository, tag:
+                return partial(self._has_tag, repository, entry), not self._is_pinned(repository, tag)
             case "absence", repository, tag:
                 return partial(self._has_companions, repository, str(companion_base(tag))), True
             case "referrers", repository, digest:
                 return partial(self._has_companions, repository, digest), True
             case "grant", _, identity if identity.startswith("own:") and age >= STALE_GRANT_TTL:
                 return _no, True
-            case "grant", repository, _:
-                return partial(self._has_links, repository), True
+            case "grant", repository, identity:
+                is_kept = self._is_pinned(repository, None) and not identity.startswith("own:")
+                return partial(self._has_links, repository), not is_kept
             case "denial", *_:
                 return partial(self._has_grant, names), False
             case "client", *_:
@@ -331,6 +345,10 @@ class _Unlinked:
 
 def _host(repository: str) -> str:
     return repository.partition("/")[0]
+
+
+def _is_never_pinned(repository: str, name: str | None) -> bool:
+    return False
 
 
 def _yes() -> bool:

@@ -20,6 +20,7 @@ from dockerproxy.cache.best_effort import try_link, try_put, try_remove
 from dockerproxy.cache.companions import Companions
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.pins import PinnedContent
 from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.cache.upstream import (
     RegistryClient,
@@ -28,6 +29,7 @@ from dockerproxy.cache.upstream import (
     error_for_content,
     error_from_response,
     is_denial,
+    is_gone,
     rate_limit_fields,
 )
 from dockerproxy.concurrency import KeyedLock, SingleFlight, in_thread
@@ -41,11 +43,13 @@ from dockerproxy.errors import (
     Unauthorized,
     UpstreamBroken,
     UpstreamError,
+    UpstreamFailing,
     UpstreamUnreachable,
     is_outage,
 )
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import ManifestResponse
+from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import (
     DOCKER_SCHEMA1_SIGNED,
     KNOWN_TYPES,
@@ -120,8 +124,9 @@ class CachedManifests:
     """Serves manifests of upstream repositories.
 
     `clock` returns POSIX time. `on_stored` is called with the digest and size of each stored manifest, and with the
-    client and registry that it is from; `on_used` with the digest of each one that is read again. `lock` may span
-    processes: identical upstream requests are sent one at a time.
+    client and registry that it is from; `on_used` with the digest of each one that is read again; `on_pull` with the
+    registry and repository of each GET that was answered. `lock` may span processes: identical upstream requests are
+    sent one at a time.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class CachedManifests:
         companions: Companions,
         freshness: Freshness,
         rate_limits: RateLimits,
+        pinned: PinnedContent,
         lock: KeyedLock,
         parser: ContentParser,
         tombstones: Tombstones,
@@ -142,6 +148,7 @@ class CachedManifests:
         clock: Callable[[], float],
         on_stored: Callable[[Digest, int, str, str], None],
         on_used: Callable[[Digest], None],
+        on_pull: Callable[[str, str], None],
     ) -> None:
         self._reactor = reactor
         self._upstream = upstream
@@ -151,14 +158,17 @@ class CachedManifests:
         self._access = access
         self._companions = companions
         self._freshness = freshness
-        self._rate_limits = rate_limits
+        self.rate_limits = rate_limits
+        self._pinned = pinned
         self._lock = lock
         self._parser = parser
         self._tombstones = tombstones
         self._clock = clock
         self._on_stored = on_stored
         self._on_used = on_used
+        self._on_pull = on_pull
         self._requests: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
+        self._first_pulls: SingleFlight[tuple[object, ...], ManifestResponse] = SingleFlight()
         self._memory_cache = ManifestMemoryCache(clock)
 
     async def get(
@@ -186,7 +196,11 @@ class CachedManifests:
                 return evolve(head_result, because=because)
             return evolve(await self._request("GET", principal, digest, accept), because=because)
         except RegistryError as error:
-            if loaded is None or not is_outage(error):
+            if loaded is None:
+                raise
+            if not is_outage(error):
+                if await self._keeps(principal, digest, loaded.public, error):
+                    return _mark_stale(loaded.manifest, error)
                 raise
             identity = self._access.outage_identity(principal, error, public=loaded.public)
             if identity is None:
@@ -213,9 +227,10 @@ class CachedManifests:
                 elif not entry.claimed:
                     evicted_digest = evicted_digest or entry.digest
         try:
-            current = await self._revalidate(
-                principal, tag, accept, stored_manifest, head_first=head or bool(entries), head=head
-            )
+            if entries or head:
+                current = await self._revalidate(principal, tag, accept, stored_manifest, head=head)
+            else:
+                current = await self._first_pull(principal, tag, accept)
             because = _describe_change(stored_manifest, current, is_known=bool(entries))
             if current.cache_status == "MISS" and evicted_digest is not None:
                 # Both are in a record of this tag, so the repository may know of them.
@@ -226,7 +241,10 @@ class CachedManifests:
             return evolve(current, because=because)
         except RegistryError as error:
             if not is_outage(error):
-                raise
+                kept = await self._serve_pinned(principal, tag, media_types, error)
+                if kept is None:
+                    raise
+                return kept
             stale = await self._serve_stale(principal, tag, media_types, error)
             if stale is None:
                 self._companions.check_absence(principal, tag, error)
@@ -246,6 +264,23 @@ class CachedManifests:
     def _is_granted(self, principal: UpstreamPrincipal, public: bool) -> bool:
         return self._access.state(principal.repository.key, principal.identity, public=public) is AccessState.GRANTED
 
+    async def _first_pull(self, principal: UpstreamPrincipal, tag: Tag, accept: list[str]) -> ManifestResponse:
+        """Get a tag that is not known yet. Clients that accept other media types wait, because one pull may do."""
+        key, media_types = principal.repository.key, accept_key(accept_set(accept))
+        return await self._first_pulls.do(
+            (key, tag, media_types, principal.identity), lambda: self._first_pull_locked(principal, tag, accept)
+        )
+
+    async def _first_pull_locked(self, principal: UpstreamPrincipal, tag: Tag, accept: list[str]) -> ManifestResponse:
+        key, started_at = principal.repository.key, self._clock()
+        async with self._lock.hold(f"first {key} {tag} {principal.identity}") as waited:
+            stored_manifest = await self._stored_since(principal, tag, accept, started_at) if waited else None
+            if stored_manifest is not None:
+                return stored_manifest
+            if waited and self._tag_entries(key, tag):
+                return await self._revalidate(principal, tag, accept, None, head=False)
+            return await self._request("GET", principal, tag, accept)
+
     async def _revalidate(
         self,
         principal: UpstreamPrincipal,
@@ -253,11 +288,8 @@ class CachedManifests:
         accept: list[str],
         stored_manifest: ManifestResponse | None,
         *,
-        head_first: bool,
         head: bool,
     ) -> ManifestResponse:
-        if not head_first:
-            return await self._request("GET", principal, tag, accept)
         # Docker Hub counts no HEAD as a pull. Clients that accept other media types mostly get the same manifest.
         head_result = await self._request("HEAD", principal, tag, accept)
         if head_result.content is not None:
@@ -289,6 +321,34 @@ class CachedManifests:
                     accepted = current is not None and accepts(media_types, current.media_type)
                     return current if accepted else _mark_stale(loaded.manifest, error)
         return None
+
+    async def _serve_pinned(
+        self, principal: UpstreamPrincipal, tag: Tag, media_types: frozenset[str], error: RegistryError
+    ) -> ManifestResponse | None:
+        """Return the manifest of a pinned tag that upstream has no longer, as `error` says, if the client accepts it.
+
+        Return None if it is not pinned, or if the client had no access to it before.
+        """
+        key = principal.repository.key
+        if not is_gone(error) or not self._pinned.has_tag(key, tag):
+            return None
+        for entry in self._tag_entries(key, tag):
+            if not accepts(media_types, entry.media_type):
+                continue
+            loaded = await self._load(key, entry.digest, entry.media_type)
+            if loaded is not None and self._had_access(principal, entry.public and loaded.public):
+                return _mark_stale(loaded.manifest, error)
+        return None
+
+    async def _keeps(self, principal: UpstreamPrincipal, digest: Digest, public: bool, error: RegistryError) -> bool:
+        """Return whether a pinned image has the manifest that upstream has no longer, and the client had access."""
+        if not is_gone(error) or not self._had_access(principal, public):
+            return False
+        return await in_thread(self._reactor, self._pinned.has, principal.repository.key, digest)
+
+    def _had_access(self, principal: UpstreamPrincipal, public: bool) -> bool:
+        state = self._access.state(principal.repository.key, principal.identity, public=public)
+        return state is not AccessState.UNKNOWN
 
     async def _check_outage(
         self, principal: UpstreamPrincipal, identity: str, reference: Reference, error: RegistryError
@@ -372,7 +432,7 @@ class CachedManifests:
         repository = principal.repository
         headers = Headers([("accept", value) for value in accept])
         if method == "GET" and not is_refused:
-            self._rate_limits.check(repository.registry, principal.identity)
+            self.rate_limits.check(repository.registry, principal.identity)
         try:
             response = await self._upstream.request(
                 method, repository.registry, repository.manifest_path(reference),
@@ -382,7 +442,12 @@ class CachedManifests:
             self._record_error(principal, error)
             raise
         if not (is_refused and response.status == 429):  # a client that has HEAD refused must not prolong the limit
-            self._rate_limits.note(repository.registry, principal.identity, method, response.status, response.headers)
+            self.rate_limits.note(
+                repository.registry, principal.identity, method, response.status, response.headers,
+                repository.credential.user if isinstance(repository.credential, BasicCredentials) else None,
+            )  # fmt: skip
+        if method == "GET" and response.status == 200:
+            self._on_pull(str(repository.registry.host), repository.name)
         if method == "HEAD" and response.status not in (200, 429):
             # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides
             # about grants and tags, and if it is a refusal too, it is no counted pull.
@@ -398,6 +463,9 @@ class CachedManifests:
             raise refusal
         if response.status != 200:
             upstream_error = await error_from_response(repository.registry, response, "MANIFEST_UNKNOWN")
+            if response.status == 429:
+                sentence = self.rate_limits.get(repository.registry, principal.identity).describe(repository.registry)
+                upstream_error = UpstreamFailing(sentence, 429, headers=upstream_error.headers)
             await self._record_refusal(principal, reference, accept, upstream_error)
             raise upstream_error
         if method == "HEAD":
@@ -486,8 +554,10 @@ class CachedManifests:
         # The tag was deleted upstream, and must not be served stale. Ignore a 404 to a client that never had access of
         # its own, because registries also send it to hide private repositories.
         key, public = principal.repository.key, principal.identity == PUBLIC
-        if self._access.state(key, principal.identity, public=public) is AccessState.UNKNOWN:
+        if not self._had_access(principal, public):
             return
+        if is_gone(error) and self._pinned.has_tag(key, reference):
+            return  # it stays
         entries = self._tag_entries(key, reference)
         kept = [one for one in entries if one.public != public]
         if len(kept) < len(entries) and accept != _OWN_ACCEPT:

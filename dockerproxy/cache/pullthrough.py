@@ -206,6 +206,10 @@ class CachedRegistry:
             fallback_identity = self.cache.identities.for_credential(self.registry, name, login)
         return UpstreamPrincipal(repository, identity, fallback_identity, self.client)
 
+    def identity_at(self, name: Repository) -> str:
+        """Return the identity under which the client reads the repository `name`."""
+        return self._principal(name, self.credential).identity
+
     def _login_beside_token(self) -> Credential | None:
         """Return the configured login if it serves the client, should its token be refused; else None.
 

@@ -18,7 +18,7 @@ from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put
-from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.cache.identity import LOGIN_PREFIX, PUBLIC
 from dockerproxy.errors import NameInvalid, UpstreamFailing
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
@@ -27,13 +27,13 @@ from dockerproxy.store.records import Records
 from dockerproxy.upstream.retry import parse_retry_after
 
 LIMIT = "limit"
-"""The kind of the records, one for each registry."""
+"""The kind of the records: one for each registry, and one for each login of the administrator's."""
 
 # Seconds that a refusal lasts if the 429 does not say it: 2, and twice as many each time that it is repeated, because
 # many registries limit the requests of a second. If no pull is left in a long window, it takes longer.
 _FIRST_REFUSAL, _MAX_REFUSAL, _EXHAUSTED_REFUSAL = 2.0, 64.0, 60.0
 _PROBE_TIME = 10.0  # seconds for which one request asks whether the refusal has ended
-_WRITE_INTERVAL = 30.0  # seconds between two records that only count down
+_WRITE_INTERVAL = 30.0  # seconds between two records of what responses to HEAD say
 _MAX_REGISTRIES = 1000  # in memory; a wildcard has any number of them
 _MAX_LOGINS = 10_000  # logins of clients that have limits of their own
 
@@ -48,7 +48,8 @@ class RateLimit:
     """The word of a registry: `source` may pull `limit` times in `window` seconds, and `remaining` pulls are left.
 
     Each is None if it has not said so. It said it at `seen`, and refuses pulls until `refused_until` (POSIX times). It
-    has refused `refusals` times in succession.
+    has refused `refusals` times in succession. The number of pulls that are left has only fallen since `since`, so the
+    window turns within `window` seconds of that. `login` is the name of the administrator's login that it is about.
     """
 
     limit: int | None = None
@@ -58,6 +59,8 @@ class RateLimit:
     seen: float = 0.0
     refused_until: float = 0.0
     refusals: int = 0
+    since: float = 0.0
+    login: str | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> RateLimit:
@@ -67,7 +70,7 @@ class RateLimit:
         except TypeError:
             raise ValueError("not a rate limit") from None
         numbers = (limit.limit, limit.window, limit.remaining, limit.refusals)
-        times = (limit.seen, limit.refused_until)
+        times = (limit.seen, limit.refused_until, limit.since)
         is_valid = all(number is None or isinstance(number, int) for number in numbers)
         if not is_valid or not all(isinstance(moment, int | float) for moment in times):
             raise ValueError("not a rate limit")
@@ -79,14 +82,28 @@ class RateLimit:
         if limit is None and remaining is None:
             return self
         source = (headers.get("docker-ratelimit-source") or "")[:64]
+        window = (limit and limit[1]) or (remaining and remaining[1]) or self.window
+        has_risen = remaining is not None and (self.remaining is None or remaining[0] > self.remaining)
+        has_turned = window is not None and not 0 <= now - self.since < window
         return evolve(
             self,
+            since=now if has_risen or has_turned else self.since,
             limit=limit[0] if limit else self.limit,
-            window=(limit and limit[1]) or (remaining and remaining[1]) or self.window,
+            window=window,
             remaining=remaining[0] if remaining else self.remaining,
             source=source if source.isascii() and source.isprintable() and source else self.source,
             seen=now,
         )
+
+    def reserved(self, percent: int) -> int:
+        """Return how many pulls `percent` of the limit are, which are kept for clients."""
+        return -(-(self.limit or 0) * percent // 100)
+
+    def turns_at(self, now: float) -> float | None:
+        """Return the time by which more pulls are allowed; None if that is not known."""
+        if now < self.refused_until:
+            return self.refused_until
+        return None if self.window is None else self.since + self.window
 
     @property
     def usual_refusal(self) -> float:
@@ -110,7 +127,11 @@ class RateLimit:
             window = f" in {_format_window(self.window)}" if self.window else ""
             allowed = f"{name} allows {self.limit} pulls{window}" + (f" for {self.source}" if self.source else "")
         until = time.strftime("%H:%M:%S", time.gmtime(self.refused_until))
-        advice = "a login for auth.docker.io in AUTH_REGISTRIES raises the limit" if registry == DOCKER_HUB else ""
+        advice = (
+            "a login for auth.docker.io in AUTH_REGISTRIES raises the limit"
+            if registry == DOCKER_HUB and self.login is None
+            else ""
+        )
         return "; ".join(
             filter(None, (allowed, f"it refuses more until about {until} UTC", "what is cached goes on", advice))
         )
@@ -119,28 +140,28 @@ class RateLimit:
 class RateLimits:
     """The limits of all registries, as every process knows them, also after a restart.
 
-    `identity` is that of the client. Clients without a credential share one limit, which a record holds. A client's own
-    login has its own, which is known to this process only.
+    `identity` is that of the client. Clients without a credential share one limit, and so do those that a login of the
+    administrator's serves; records hold these. A client's own login has its own, which is known to this process only.
     """
 
     def __init__(self, records: Records, clock: Callable[[], float]) -> None:
         self._records = records
         self._clock = clock
         self._of_logins: BoundedDict[tuple[str, str], RateLimit] = BoundedDict(_MAX_LOGINS)
-        # By registry, newer than the record by `_WRITE_INTERVAL` at most.
-        self._current: BoundedDict[str, RateLimit] = BoundedDict(_MAX_REGISTRIES)
+        # By the key of the record, newer than it by `_WRITE_INTERVAL` at most.
+        self._current: BoundedDict[tuple[str, ...], RateLimit] = BoundedDict(_MAX_REGISTRIES)
 
     def get(self, registry: Registry, identity: str = PUBLIC) -> RateLimit:
         """Return what is known."""
-        name = str(registry.host)
-        if identity != PUBLIC:
-            return self._of_logins.get((name, identity)) or RateLimit()
-        record = self._records.get(LIMIT, name)
+        key = _record_key(registry, identity)
+        if key is None:
+            return self._of_logins.get((str(registry.host), identity)) or RateLimit()
+        record = self._records.get(*key)
         try:
             stored = RateLimit() if record is None else RateLimit.from_record(record)
         except ValueError:
             stored = RateLimit()
-        current = self._current.get(name)
+        current = self._current.get(key)
         return current if current is not None and current.seen > stored.seen else stored
 
     def check(self, registry: Registry, identity: str) -> None:
@@ -155,8 +176,19 @@ class RateLimits:
         if limit.refused_until:
             self._set(registry, identity, evolve(limit, refused_until=now + _PROBE_TIME, seen=now))
 
-    def note(self, registry: Registry, identity: str, method: str, status: int, headers: Headers) -> None:
-        """Note what the response to a request for a manifest says. GET is a pull, HEAD only tells what is left."""
+    def note(
+        self,
+        registry: Registry,
+        identity: str,
+        method: str,
+        status: int,
+        headers: Headers,
+        login: str | None = None,
+    ) -> None:
+        """Note what the response to a request for a manifest says. GET is a pull, HEAD only tells what is left.
+
+        `login` is the name of the administrator's login with which it was sent.
+        """
         if method != "GET" and "ratelimit-remaining" not in headers:
             return
         known, now = self.get(registry, identity), self._clock()
@@ -171,33 +203,42 @@ class RateLimits:
         elif known.refused_until:
             limit = evolve(limit, refused_until=0.0, refusals=0, seen=now)
             log.info("{registry} accepts pulls again", registry=registry_label(registry))
+        if limit is not known and limit.login != login:
+            limit = evolve(limit, login=login)
         if limit is not known:
-            self._set(registry, identity, limit)
+            self._set(registry, identity, limit, is_pull=method == "GET")
 
-    def _set(self, registry: Registry, identity: str, limit: RateLimit) -> None:
-        name = str(registry.host)
-        if identity != PUBLIC:
-            self._of_logins[name, identity] = limit
+    def _set(self, registry: Registry, identity: str, limit: RateLimit, *, is_pull: bool = True) -> None:
+        key = _record_key(registry, identity)
+        if key is None:
+            self._of_logins[str(registry.host), identity] = limit
             return
-        stored = self._records.get(LIMIT, name) or {}
-        self._current[name] = limit
-        is_new = stored.get("refused_until") != limit.refused_until or stored.get("limit") != limit.limit
-        if is_new or limit.seen - float(stored.get("seen") or 0.0) >= _WRITE_INTERVAL:
-            try_put(self._records, asdict(limit), LIMIT, name)
+        stored = self._records.get(*key) or {}
+        self._current[key] = limit
+        is_new = any(stored.get(name) != getattr(limit, name) for name in ("refused_until", "limit", "since"))
+        if is_pull or is_new or limit.seen - float(stored.get("seen") or 0.0) >= _WRITE_INTERVAL:
+            try_put(self._records, asdict(limit), *key)
+
+
+def _record_key(registry: Registry, identity: str) -> tuple[str, ...] | None:
+    """Return the key of the record; None if the limit is a client's own."""
+    if identity == PUBLIC:
+        return LIMIT, str(registry.host)
+    return (LIMIT, str(registry.host), identity) if identity.startswith(LOGIN_PREFIX) else None
 
 
 def stored_limits(records: Records) -> list[tuple[Registry, RateLimit]]:
-    """Return what is recorded: registries, and their limits for clients without a credential. Blocks.
+    """Return what is recorded: registries, and their limits for clients without a credential or with a shared login.
 
-    A torn record is left out.
+    A torn record is left out. Blocks.
     """
     limits = []
     for entry in records.walk(LIMIT):
         record = records.read(entry)
         with suppress(ValueError, NameInvalid):
             if record is not None:
-                limits.append((Registry.parse(entry.key[-1]), RateLimit.from_record(record)))
-    return sorted(limits, key=lambda limit: str(limit[0]))
+                limits.append((Registry.parse(entry.key[1]), RateLimit.from_record(record)))
+    return sorted(limits, key=lambda limit: (str(limit[0]), limit[1].login or "", -limit[1].seen))
 
 
 def _quota(value: str | None) -> tuple[int, int | None] | None:

@@ -169,7 +169,8 @@ class CacheSpaceManager(CacheSpace):
     (or `max_blob_size`) for all together. The downloads of one client from one registry may have half of the cache, or
     be one blob. Partial downloads that nobody continues make room first.
 
-    `store.eviction` decides which are evicted then: blobs that were used once before those that were used again.
+    `store.eviction` decides which are evicted then: blobs that were used once before those that were used again. Those
+    that the administrator has pinned (`keep`) never are.
 
     `tombstones` get the blobs that are evicted, with the time since the last use that their files show. `on_evicted` is
     called with the reason, ``room`` or ``inactive``, and the number of blobs and partial downloads.
@@ -445,6 +446,14 @@ class CacheSpaceManager(CacheSpace):
                 await self._evict(self.index.evict(0))
         finally:
             self.index.unpin(digest)
+
+    def keep(self, digests: Iterable[Digest]) -> None:
+        """Never evict these blobs from now on, because the administrator has pinned them."""
+        self.index.keep(digests, self._clock())
+
+    def stop_keeping(self, digests: Iterable[Digest]) -> None:
+        """Let these blobs be evicted again."""
+        self.index.stop_keeping(digests, self._clock())
 
     async def usage(self) -> tuple[int, int]:
         """Return the bytes used, also by links and records, and the limit."""

@@ -262,6 +262,20 @@ def is_denial(error: RegistryError, identity: str) -> bool:
     return isinstance(error, Unauthorized) or (isinstance(error, UpstreamRefused) and error.status in (401, 403))
 
 
+def is_gone(error: RegistryError) -> bool:
+    """Return whether the registry itself says that it has no such manifest or blob in a repository that is there.
+
+    A registry that hides a repository, because it is private now, says that there is no such name.
+    """
+    if not isinstance(error, UpstreamRefused) or isinstance(error, IntermediaryRefused) or error.status != 404:
+        return False
+    try:
+        codes = {entry["code"] for entry in json.loads(error.content)["errors"]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return bool(codes) and codes <= {"MANIFEST_UNKNOWN", "BLOB_UNKNOWN"}
+
+
 @frozen
 class UpstreamPrincipal:
     """A client that requests something from one repository.

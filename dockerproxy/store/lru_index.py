@@ -77,27 +77,33 @@ class Partials:
 class Segments:
     """The entries of the cache: blobs that were used once, with all partial downloads, and blobs that were used again.
 
-    A blob's first use is the request that brought it.
+    A blob's first use is the request that brought it. Blobs that the administrator keeps are apart: they never leave,
+    and count for no client or registry.
     """
 
     once: Segment = field(factory=Segment, init=False)
     again: Segment = field(factory=Segment, init=False)
+    kept: Segment = field(factory=Segment, init=False)
 
     @property
     def total(self) -> int:
         """The bytes of all entries."""
-        return self.once.total + self.again.total
+        return self.once.total + self.again.total + self.kept.total
 
     def __len__(self) -> int:
-        return len(self.once.entries) + len(self.again.entries)
+        return len(self.once.entries) + len(self.again.entries) + len(self.kept.entries)
 
     def get(self, text: str) -> LRUEntry | None:
         """Return the entry, or None if it is not there."""
-        return self.once.entries.get(text) or self.again.entries.get(text)
+        return self.once.entries.get(text) or self.again.entries.get(text) or self.kept.entries.get(text)
+
+    def pairs(self, other: Segments) -> tuple[tuple[Segment, Segment], ...]:
+        """Return each segment with that of `other`."""
+        return (self.once, other.once), (self.again, other.again), (self.kept, other.kept)
 
     def pop(self, text: str) -> LRUEntry | None:
         """Remove and return the entry; return None if it is not there."""
-        return self.once.pop(text) or self.again.pop(text)
+        return self.once.pop(text) or self.again.pop(text) or self.kept.pop(text)
 
 
 @define
@@ -116,6 +122,8 @@ class LRUIndex:
     partials: Partials = field(factory=Partials, init=False)
     _segments: Segments = field(factory=Segments, init=False)
     _pins: dict[str, int] = field(factory=dict, init=False)
+    _kept: set[str] = field(factory=set, init=False)  # names of blobs, also of some that are not here
+    _kept_since: float = field(default=0.0, init=False)
     # Keys changed since the running rescan began; None if no rescan is running.
     _dirty: dict[str, None] | None = field(default=None, init=False)
 
@@ -130,13 +138,15 @@ class LRUIndex:
         If the blob is there already, this is another use; return whether it is the second one.
         """
         text = self._mark_dirty(key)
-        was_used_again = text in self._segments.again.entries
+        is_kept = text in self._kept
+        was_used_again = is_kept or text in self._segments.again.entries
         old = self._segments.pop(text)
         is_blob = "/" not in text
         if old is not None:
             self.partials.remove(text)
             client, registry = old[2] or client, old[3] or registry
-        segment = self._segments.again if old is not None and is_blob else self._segments.once
+        segments = self._segments
+        segment = segments.kept if is_kept else segments.again if old is not None and is_blob else segments.once
         segment.add(text, (size, now, client, registry))
         self.partials.add(text, size)
         return old is not None and is_blob and not was_used_again
@@ -148,10 +158,11 @@ class LRUIndex:
         """Record a use of the blob, if it is in the index. Return whether it is the second one."""
         text = self._mark_dirty(key)
         again = self._segments.again
-        entry = again.entries.get(text)
+        segment = self._segments.kept if text in self._kept else again
+        entry = segment.entries.get(text)
         if entry is not None:
-            again.entries[text] = entry[0], now, entry[2], entry[3]
-            again.entries.move_to_end(text)
+            segment.entries[text] = entry[0], now, entry[2], entry[3]
+            segment.entries.move_to_end(text)
             return False
         entry = self._segments.once.pop(text)
         if entry is None:
@@ -184,6 +195,29 @@ class LRUIndex:
         else:
             del self._pins[text]
 
+    def keep(self, digests: Iterable[Digest], now: float) -> None:
+        """Keep these blobs from now on whatever happens, also those that are not here yet."""
+        for text in map(str, digests):
+            self._kept.add(text)
+            self._move(text, self._segments.kept, now)
+
+    def stop_keeping(self, digests: Iterable[Digest], now: float) -> None:
+        """Let these blobs leave again. They count as used now."""
+        for text in map(str, digests):
+            self._kept.discard(text)
+            self._move(text, self._segments.again, now)
+
+    def _move(self, text: str, segment: Segment, now: float) -> None:
+        self._kept_since = now
+        entry = self._segments.pop(text)
+        if entry is not None:
+            segment.add(text, (entry[0], now, entry[2], entry[3]))
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes of the blobs that are kept, as they count towards `limit`."""
+        return self._segments.kept.total + self.entry_cost * len(self._segments.kept.entries)
+
     @property
     def used(self) -> int:
         """The bytes that count towards `limit`."""
@@ -197,8 +231,12 @@ class LRUIndex:
     @property
     def evictable(self) -> int:
         """The bytes that evictions could free."""
-        pinned = [entry[0] for text in self._pins if (entry := self._segments.get(text)) is not None]
-        return self.total - sum(pinned) + self.entry_cost * (len(self._segments) - len(pinned))
+        once, again = self._segments.once, self._segments.again
+        pinned = [
+            entry[0] for text in self._pins if (entry := once.entries.get(text) or again.entries.get(text)) is not None
+        ]
+        count = len(once.entries) + len(again.entries) - len(pinned)
+        return once.total + again.total - sum(pinned) + self.entry_cost * count
 
     def held_bytes(self) -> tuple[Counter[str], Counter[str]]:
         """Return the bytes that each client, and each registry, has brought. Those of unknown ones count for `""`."""
@@ -269,7 +307,7 @@ class LRUIndex:
     def start_rescan(self) -> Rescan:
         """Begin to rebuild the index from disk. End the rescan with `apply_rescan` or `abort_rescan`."""
         self._dirty = {}
-        return Rescan(self._segments, self._pins)
+        return Rescan(self._segments, self._pins, frozenset(self._kept))
 
     def apply_rescan(self, rescan: Rescan) -> None:
         """Replace the entries by those of the rescan.
@@ -280,11 +318,16 @@ class LRUIndex:
         for key in self._dirty or ():
             found.pop(key)
             rescan.partials.remove(key)
-            for current, new in ((self._segments.once, found.once), (self._segments.again, found.again)):
+            for current, new in self._segments.pairs(found):
                 entry = current.entries.get(key)
                 if entry is not None:
                     new.add(key, entry)
                     rescan.partials.add(key, entry[0])
+        for key in self._kept ^ rescan.kept:  # those that changed meanwhile
+            entry = found.pop(key)
+            if entry is not None:
+                segment = found.kept if key in self._kept else found.again
+                segment.add(key, (entry[0], self._kept_since, entry[2], entry[3]))
         rescan.segments, self._segments, self.partials = self._segments, found, rescan.partials
         self._dirty = None
 
@@ -332,6 +375,7 @@ class Rescan:
 
     _current: Segments
     _pins: dict[str, int]
+    kept: frozenset[str]
     segments: Segments = field(factory=Segments, init=False)
     partials: Partials = field(factory=Partials, init=False)
     _runs: list[list[tuple[float, str, int, str, str, bool]]] = field(factory=lambda: [[]], init=False)
@@ -357,7 +401,7 @@ class Rescan:
         segments = self.segments
         for count, (last_used, key, size, client, registry, used_again) in enumerate(heapq.merge(*self._runs)):
             segments.pop(key)
-            segment = segments.again if used_again else segments.once
+            segment = segments.kept if key in self.kept else segments.again if used_again else segments.once
             segment.add(key, (size, last_used, client, registry))
             self.partials.add(key, size)
             if count % _YIELD_EVERY == 0:
@@ -368,7 +412,7 @@ class Rescan:
 
     def clear_incrementally(self) -> Iterator[None]:
         """Free the replaced entries in short steps. Freeing 100,000 at once would take 10 ms."""
-        for entries in (self.segments.once.entries, self.segments.again.entries):
+        for entries in (self.segments.once.entries, self.segments.again.entries, self.segments.kept.entries):
             while entries:
                 for _ in range(min(_YIELD_EVERY, len(entries))):
                     entries.popitem()

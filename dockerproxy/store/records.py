@@ -44,12 +44,14 @@ class Records:
 
     A document cached in memory is valid while `stat` shows that its file is unchanged. In this way several processes
     see each other's writes. At most `max_cached` short documents stay in memory. `on_create` is called after each new
-    file or directory.
+    file or directory. A document has at most `max_size` bytes. If `durable`, a power cut loses none.
     """
 
     root: Path
     max_cached: int = _MAX_CACHED
     on_create: Callable[[], object] | None = None
+    max_size: int = _MAX_SIZE
+    durable: bool = False
     _staging: Staging = field(init=False)
     _cache: BoundedDict[tuple[str, ...], _CachedRecord] = field(init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
@@ -60,8 +62,9 @@ class Records:
 
     @_staging.default
     def _make_staging(self) -> Staging:
-        # Do not sync, because a record that a power cut loses or tears is requested from upstream again.
-        return Staging(f"{self.root}/{_STAGING}", private=True, on_create=self.on_create)
+        # Most need no sync, because a record that a power cut loses or tears is requested from upstream again.
+        directory = f"{self.root}/{_STAGING}"
+        return Staging(directory, self.durable, self.durable, private=True, on_create=self.on_create)
 
     def clear_staging(self) -> None:
         """Delete files left by a crash. One process calls this at start-up, before others use the directory."""
@@ -74,7 +77,7 @@ class Records:
         path = self._path(key) if record is None else record.path
         signature = _signature(path)
         if record is None or record.signature != signature:
-            record = _CachedRecord(path, None, None) if signature is None else _load(path, key)
+            record = _CachedRecord(path, None, None) if signature is None else _load(path, key, self.max_size)
         with self._lock:
             if record.signature is None or record.signature[2] <= _MAX_KEPT:
                 self._cache[key] = record
@@ -85,10 +88,10 @@ class Records:
     def put(self, value: Mapping[str, Any], *key: str) -> None:
         """Store `value`, which must be serializable as JSON, replacing the old document. Blocks.
 
-        A value that takes more than 64 KiB is not stored, because `get` would not read it.
+        A value that takes more than `max_size` bytes is not stored, because `get` would not read it.
         """
         content = json.dumps({"key": key, "value": value}, separators=(",", ":")).encode()
-        if len(content) > _MAX_SIZE:
+        if len(content) > self.max_size:
             self.remove(*key)
         else:
             self._staging.write(content, self._path(key))
@@ -106,16 +109,19 @@ class Records:
         """Return the first components of all keys, sorted. Blocks."""
         return sorted(_unescape(name) or name for name in list_names(str(self.root)) if name != _STAGING)
 
-    def walk(self, kind: str) -> Iterator[RecordEntry]:
-        """Yield the documents of one kind, grouped by directory, and remove empty directories. Blocks."""
-        pending: list[tuple[str, ...]] = [(_escape(kind),)]
+    def walk(self, *prefix: str) -> Iterator[RecordEntry]:
+        """Yield the documents with longer keys that begin with `prefix`, such as the kind, grouped by directory.
+
+        Remove empty directories. Blocks.
+        """
+        pending: list[tuple[str, ...]] = [tuple(map(_escape, prefix))]
         while pending:
             names = pending.pop()
             directory = "/".join((str(self.root), *names))
             for name in list_names(directory):
                 path = f"{directory}/{name}"
                 if name.endswith(_SUFFIX):
-                    entry = _record_entry(path, (*names, name.removesuffix(_SUFFIX)))
+                    entry = _record_entry(path, (*names, name.removesuffix(_SUFFIX)), self.max_size)
                     if entry is not None:
                         yield entry
                 else:
@@ -125,7 +131,7 @@ class Records:
 
     def read(self, entry: RecordEntry) -> Mapping[str, Any] | None:
         """Return the document without keeping it in memory. None if it does not exist or is torn. Blocks."""
-        return _load(entry.path, entry.key).value
+        return _load(entry.path, entry.key, self.max_size).value
 
     def discard(self, entry: RecordEntry) -> bool:
         """Delete the document, unless it was written again since. Return whether it is deleted. Blocks."""
@@ -167,19 +173,19 @@ def _unescape(name: str) -> str | None:
     return unquote(name, errors="surrogatepass")
 
 
-def _record_entry(path: str, names: tuple[str, ...]) -> RecordEntry | None:
+def _record_entry(path: str, names: tuple[str, ...], max_size: int) -> RecordEntry | None:
     signature = _signature(path)
     if signature is None:
         return None
     key = tuple(map(_unescape, names))
     if None in key:
-        key = tuple(_read_key(path)) or names  # torn
+        key = tuple(_read_key(path, max_size)) or names  # torn
     return RecordEntry(tuple(component or "" for component in key), path, signature[0])
 
 
-def _read_key(path: str) -> list[str]:
+def _read_key(path: str, max_size: int) -> list[str]:
     try:
-        document = json.loads(_read(path)[1])
+        document = json.loads(_read(path, max_size)[1])
     except (OSError, ValueError, RecursionError):
         return []
     key = document.get("key") if isinstance(document, dict) else None
@@ -199,20 +205,20 @@ def _signature_of(status: os.stat_result) -> _Signature:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
-def _load(path: str, key: tuple[str, ...]) -> _CachedRecord:
+def _load(path: str, key: tuple[str, ...], max_size: int) -> _CachedRecord:
     try:
-        signature, content = _read(path)
+        signature, content = _read(path, max_size)
     except (*Missing, UnsafeFile):
         return _CachedRecord(path, None, None)
     return _CachedRecord(path, signature, _parse(content, key))
 
 
-def _read(path: str) -> tuple[_Signature, bytes]:
+def _read(path: str, max_size: int) -> tuple[_Signature, bytes]:
     """Return the signature and the content of a file; the content is empty if it is too large. Raises `OSError`."""
     fd = open_regular(path)
     try:
         status = os.fstat(fd)
-        content = os.read(fd, status.st_size) if status.st_size <= _MAX_SIZE else b""
+        content = os.read(fd, status.st_size) if status.st_size <= max_size else b""
     finally:
         os.close(fd)
     return _signature_of(status), content

@@ -14,6 +14,7 @@ from attrs import define, field
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.ended_logins import EndedLogins
+from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.space import CacheSpace, CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
 from dockerproxy.oci.credentials import IDENTITY_TOKEN_USER, BasicCredentials, IdentityToken, Login
@@ -30,6 +31,8 @@ class Coordinator(CacheSpace, Protocol):
     async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None: ...
 
     def report_login(self, registry: str, setting: str, reason: str) -> None: ...
+
+    def report_pull(self, registry: str, repository: str) -> None: ...
 
     async def get_overview(
         self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]
@@ -52,6 +55,7 @@ class SharedState:
     space: CacheSpaceManager
     ended_logins: EndedLogins
     logins: LocalLoginProvider
+    pull_counts: PullCounts
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
     overview: Answer | None = field(default=None, init=False)
@@ -146,6 +150,10 @@ class LocalCoordinator(Coordinator):
         """Record that a login is refused, or works again; see `EndedLogins.report`."""
         self._shared.ended_logins.report(registry, setting, reason)
 
+    def report_pull(self, registry: str, repository: str) -> None:
+        """Count a GET of a manifest; see `PullCounts.add`."""
+        self._shared.pull_counts.add(registry, repository)
+
     # the overview
 
     async def get_overview(self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
@@ -195,6 +203,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "get_login_values": (Host.parse, parse_login, str),
     "report_login": (str, str, str),
     "get_overview": (str, list, dict),
+    "report_pull": (str, str),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
 

@@ -82,6 +82,7 @@ class ForkedState:
             coordinator,
             self.metrics.for_process(number),
             coordinator.report_login,
+            coordinator.report_pull,
             coordinator,
             silent_servers,
             self.tombstones,

@@ -102,6 +102,10 @@ class RemoteCoordinator(Coordinator):
             ) from None
         return answer
 
+    def report_pull(self, registry: str, repository: str) -> None:
+        """Report a GET of a manifest, which a registry may count."""
+        self._rpc.hint("report_pull", registry, repository)
+
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
         if digests:

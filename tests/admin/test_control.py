@@ -16,11 +16,7 @@ from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.operations import Event
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
-from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.cache.rate_limits import LIMIT, RateLimits
-from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import Request
-from dockerproxy.oci.names import Registry
 from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
@@ -109,7 +105,6 @@ def client(
         HostedRules(),
         disk,
         unused,
-        records,
         unused,
         lambda: {"version": "1"},
         user_name,
@@ -183,28 +178,6 @@ def test_a_cached_image_is_removed_while_the_registry_hangs(client: Any) -> None
 def test_the_name_of_a_user() -> None:
     assert local_user_name(0) == "root"
     assert local_user_name(3_999_999_999) == "uid 3999999999"
-
-
-def test_the_budget_has_the_limits_of_all_registries(tmp_path: Path, client: Any) -> None:
-    records = Records(tmp_path / "records")
-    limits = RateLimits(records, lambda: 1_800_000_000.0)
-    fields = [("ratelimit-limit", "100;w=21600"), ("ratelimit-remaining", "34;w=21600")]
-    limits.note(Registry.parse("registry-1.docker.io"), PUBLIC, "GET", 200, Headers(fields))
-    limits.note(Registry.parse("quay.io"), PUBLIC, "GET", 429, Headers([("Retry-After", "60")]))
-    records.put({"limit": "many"}, LIMIT, "odd.example")
-    response = client.fetch("GET", "/v1/budget")
-    assert json.loads(response.body) == {
-        "limits": [
-            {
-                "registry": "quay.io", "limit": None, "window": None, "remaining": None, "source": None,
-                "seen": 1_800_000_000.0, "refused_until": 1_800_000_060.0, "refusals": 1,
-            },
-            {
-                "registry": "docker.io", "limit": 100, "window": 21600, "remaining": 34, "source": None,
-                "seen": 1_800_000_000.0, "refused_until": 0.0, "refusals": 0,
-            },
-        ]
-    }  # fmt: skip
 
 
 def test_a_handler_of_another_part_knows_the_user(client: Any) -> None:

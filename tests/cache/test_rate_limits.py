@@ -54,7 +54,7 @@ def is_refused(limits: RateLimits, registry: Registry = DOCKER_HUB, identity: st
 
 def test_docker_hubs_fields() -> None:
     limit = RateLimit().after(FIELDS, NOW)
-    assert limit == RateLimit(100, 21600, 34, "192.0.2.7", NOW)
+    assert limit == RateLimit(100, 21600, 34, "192.0.2.7", NOW, since=NOW)
     later = limit.after(Headers([("ratelimit-remaining", "33;w=21600")]), NOW + 1)
     assert later == evolve(limit, remaining=33, seen=NOW + 1)
     assert limit.after(NOTHING, NOW + 2) is limit
@@ -145,6 +145,42 @@ def test_head_neither_begins_nor_ends_a_refusal(limits: RateLimits) -> None:
     assert limits.get(DOCKER_HUB).remaining == 34
 
 
+def test_when_the_window_turns(limits: RateLimits, clock: Clock) -> None:
+    """Registries do not say when. The number of pulls that are left can only rise when it does."""
+
+    def note(remaining: int) -> RateLimit:
+        headers = Headers([("ratelimit-limit", "100;w=600"), ("ratelimit-remaining", f"{remaining};w=600")])
+        limits.note(DOCKER_HUB, PUBLIC, "GET", 200, headers)
+        return limits.get(DOCKER_HUB)
+
+    assert RateLimit().turns_at(clock.now) is None
+    assert note(90).turns_at(clock.now) == NOW + 600
+    clock.now += 100
+    assert note(80).turns_at(clock.now) == NOW + 600
+    clock.now += 100
+    assert note(99).turns_at(clock.now) == NOW + 800  # another one has begun
+    clock.now += 700
+    assert note(80).turns_at(clock.now) == NOW + 1500
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, Headers([("Retry-After", "60")]))
+    assert limits.get(DOCKER_HUB).turns_at(clock.now) == clock.now + 60
+
+
+def test_the_reserve_is_rounded_up() -> None:
+    assert [RateLimit(limit).reserved(20) for limit in (None, 5, 6, 100)] == [0, 1, 2, 20]
+    assert RateLimit(100).reserved(0) == 0
+
+
+def test_a_login_of_the_administrators_has_a_record(tmp_path: Path, limits: RateLimits, clock: Clock) -> None:
+    """It serves many clients, in all processes. A client that logs in itself is not told to."""
+    limits.note(DOCKER_HUB, "login:abc", "GET", 429, Headers([("Retry-After", "600"), *FIELDS]), "deploy")
+    assert not is_refused(limits)
+    other = RateLimits(Records(tmp_path / "records"), clock)
+    assert is_refused(other, identity="login:abc")
+    ((registry, limit),) = stored_limits(Records(tmp_path / "records"))
+    assert (registry, limit.login) == (DOCKER_HUB, "deploy")
+    assert "raises the limit" not in limit.describe(DOCKER_HUB)
+
+
 def test_a_clients_login_has_a_limit_of_its_own(limits: RateLimits) -> None:
     limits.note(DOCKER_HUB, "own:alice", "GET", 429, NOTHING)
     assert is_refused(limits, identity="own:alice")
@@ -180,13 +216,15 @@ def test_odd_records_refuse_nothing(tmp_path: Path, limits: RateLimits, record: 
     assert limits.get(DOCKER_HUB).remaining == 34
 
 
-def test_a_record_is_not_written_for_each_pull(tmp_path: Path, limits: RateLimits, clock: Clock) -> None:
-    """The number that is left changes with each pull, and the disk need not know it at once."""
+def test_each_pull_is_recorded_but_not_each_head(tmp_path: Path, limits: RateLimits, clock: Clock) -> None:
+    """Registries count few pulls, and the other processes know them at once. HEAD is sent for each request of a tag."""
     path = tmp_path / "records" / LIMIT
     contents = set()
     for remaining in range(20):
-        limits.note(DOCKER_HUB, PUBLIC, "GET", 200, Headers([("ratelimit-remaining", f"{99 - remaining};w=21600")]))
+        limits.note(DOCKER_HUB, PUBLIC, "HEAD", 200, Headers([("ratelimit-remaining", f"{99 - remaining};w=21600")]))
         contents |= {file.read_bytes() for file in path.iterdir()}
         clock.now += 1
     assert len(contents) == 1
     assert limits.get(DOCKER_HUB).remaining == 80
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 200, Headers([("ratelimit-remaining", "79;w=21600")]))
+    assert RateLimits(Records(tmp_path / "records"), clock).get(DOCKER_HUB).remaining == 79

@@ -20,7 +20,7 @@ SWITCH=drp-switch
 # tests, which apt installs later.
 INSTALLED=systemd,systemd-sysv,dbus,libpam-systemd,libnss-systemd,iproute2,procps,avahi-daemon,libnss-mdns,ca-certificates,curl,sudo,docker.io,docker-cli,iptables,python3
 LATER=python3-twisted,python3-openssl,python3-cryptography,python3-service-identity,python3-attr,python3-bcrypt,python3-prometheus-client
-LATER+=,python3-jinja2,python3-rich,python3-argcomplete,python3-botocore
+LATER+=,python3-jinja2,python3-rich,python3-argcomplete,python3-botocore,python3-yaml
 LATER+=,autopkgtest,dpkg-dev,python3-hypothesis,python3-pytest
 
 check_host() {

@@ -33,7 +33,7 @@ SIZES = st.integers(0, 60)
 
 
 class LRUIndexMachine(RuleBasedStateMachine):
-    """Compare `LRUIndex` with a dict of sizes and last uses, the set of those used again, and a dict of pins.
+    """Compare `LRUIndex` with a dict of sizes and last uses, the sets of those used again and kept, and a dict of pins.
 
     Each use advances the time by one.
     """
@@ -46,6 +46,19 @@ class LRUIndexMachine(RuleBasedStateMachine):
         self.model: dict[Digest, tuple[int, float]] = {}
         self.again: set[Digest] = set()
         self.pins: dict[Digest, int] = {}
+        self.kept: set[Digest] = set()
+
+    @rule(digests=st.sets(DIGESTS))
+    def keep(self, digests: set[Digest]) -> None:
+        now = self.tick()
+        self.index.keep(digests - self.kept, now)
+        self.index.stop_keeping(self.kept - digests, now)
+        for digest in digests ^ self.kept:
+            if digest in self.model:
+                self.model[digest] = (self.model[digest][0], now)
+        self.again |= {digest for digest in self.kept - digests if digest in self.model}
+        self.again -= digests
+        self.kept = digests
 
     def tick(self) -> float:
         self.now += 1
@@ -59,7 +72,7 @@ class LRUIndexMachine(RuleBasedStateMachine):
 
     def use_again(self, digest: Digest) -> bool:
         """Record a use of `digest` in `again`, and return whether it is the second one."""
-        is_second_use = digest in self.model and digest not in self.again
+        is_second_use = digest in self.model and digest not in self.again | self.kept
         if is_second_use:
             self.again.add(digest)
         return is_second_use
@@ -100,6 +113,7 @@ class LRUIndexMachine(RuleBasedStateMachine):
         self.again = {digest for digest in self.again if self.is_pinned(digest)} | {
             digest for digest in again if not (digest in self.model and self.is_pinned(digest))
         }
+        self.again -= self.kept
         model = {digest: entry for digest, entry in self.model.items() if self.is_pinned(digest)}
         for digest, (size, last) in found.items():
             if digest not in model:
@@ -110,7 +124,8 @@ class LRUIndexMachine(RuleBasedStateMachine):
     @rule(wanted=st.integers(0, 250))
     def evict(self, wanted: int) -> None:
         total = sum(size for size, _ in self.model.values())
-        pinned_bytes = sum(size for digest, (size, _) in self.model.items() if self.is_pinned(digest))
+        pinned_bytes = sum(size for digest, (size, _) in self.model.items() if self.stays(digest))
+        assert self.index.evictable == total - pinned_bytes
         if pinned_bytes + wanted > self.limit and total + wanted > self.limit:
             with pytest.raises(CacheFull):
                 self.index.evict(wanted)
@@ -124,22 +139,25 @@ class LRUIndexMachine(RuleBasedStateMachine):
     @rule(inactive=st.integers(0, 40))
     def expire(self, inactive: int) -> None:
         self.check_evicted(self.index.expire(inactive, self.now))
-        evictable = {digest: entry for digest, entry in self.model.items() if not self.is_pinned(digest)}
+        evictable = {digest: entry for digest, entry in self.model.items() if not self.stays(digest)}
         assert all(self.now - last <= inactive for _, last in evictable.values())
         assert self.index.total <= self.limit or not evictable
 
     def is_pinned(self, digest: Digest) -> bool:
         return self.pins.get(digest, 0) > 0
 
+    def stays(self, digest: Digest) -> bool:
+        return digest in self.kept or self.is_pinned(digest)
+
     def check_evicted(self, evicted: list[Digest]) -> None:
-        assert not any(map(self.is_pinned, evicted))
+        assert not any(map(self.stays, evicted))
         for again in (False, True):
             lasts = [self.model[digest][1] for digest in evicted if (digest in self.again) is again]
             assert lasts == sorted(lasts)
             left = [
                 last
                 for digest, (_, last) in self.model.items()
-                if (digest in self.again) is again and digest not in evicted and not self.is_pinned(digest)
+                if (digest in self.again) is again and digest not in evicted and not self.stays(digest)
             ]
             assert not lasts or not left or min(left) >= lasts[-1]
         for digest in evicted:
@@ -150,6 +168,7 @@ class LRUIndexMachine(RuleBasedStateMachine):
     def check_total(self) -> None:
         if hasattr(self, "index"):
             assert self.index.total == sum(size for size, _ in self.model.values())
+            assert self.index.kept_bytes == sum(self.model[one][0] for one in self.kept if one in self.model)
 
 
 TestLRUIndex = LRUIndexMachine.TestCase
@@ -174,6 +193,35 @@ def test_a_pinned_blob_is_not_evicted() -> None:
     assert index.total == 60
     index.unpin(digest(1))
     assert index.evict(60) == [digest(1)]
+
+
+def test_kept_blobs_stay_when_all_else_goes() -> None:
+    index = LRUIndex(100, entry_cost=1)
+    index.keep([digest(1), digest(2)], 0)  # before they are here
+    for number in range(4):
+        index.add(digest(number), 20, number, "client", "registry")
+    assert (index.kept_bytes, index.evictable) == (42, 42)
+    assert index.held_bytes()[0] == {"client": 40}
+    assert set(index.evict(58)) == {digest(0), digest(3)}
+    assert index.expire(0, 1e9) == [] and index.evict_count(10) == []
+    with pytest.raises(CacheFull, match="42 bytes in use"):
+        index.evict(59)
+    index.stop_keeping([digest(1)], 10)
+    assert index.evict(59) == [digest(1)]
+
+
+def test_blobs_that_are_kept_while_a_rescan_runs() -> None:
+    index = LRUIndex(100)
+    index.keep([digest(0), digest(1)], 0)
+    scan = index.start_rescan()  # the first one: the index is empty
+    for number in range(3):
+        scan.add(Entry(digest(number), 10, number))
+    deque(scan.sort(), maxlen=0)
+    index.keep([digest(2)], 5)
+    index.stop_keeping([digest(0)], 5)
+    index.apply_rescan(scan)
+    assert index.kept_bytes == 20
+    assert index.expire(0, 1e9) == [digest(0)]
 
 
 def test_evicts_the_minimum_if_the_low_watermark_is_unreachable() -> None:

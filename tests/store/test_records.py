@@ -93,9 +93,9 @@ def test_a_cached_record_is_not_read_again(tmp_path: Path, monkeypatch: pytest.M
     loads = []
     real = module._load
 
-    def load(path: str, key: tuple[str, ...]) -> Any:
+    def load(path: str, key: tuple[str, ...], max_size: int) -> Any:
         loads.append("".join(key))
-        return real(path, key)
+        return real(path, key, max_size)
 
     monkeypatch.setattr(module, "_load", load)
     for key in "aabacabx":

@@ -16,6 +16,7 @@ from twisted.python.failure import Failure
 
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.janitor import Janitor
+from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.names import Digest, Host
@@ -83,7 +84,7 @@ class MainProcessStub:
         )  # fmt: skip
         self.ended_logins = EndedLogins(self.reactor.seconds)
         self.logins = LocalLoginProvider(self.run_helper, self.reactor.seconds)
-        self.shared = SharedState(self.cache_space, self.ended_logins, self.logins)
+        self.shared = SharedState(self.cache_space, self.ended_logins, self.logins, PullCounts(self.reactor.seconds))
         self.space = self.lock = LocalCoordinator(self.shared)
 
     async def run_helper(self, helper: str, server: str) -> Login | None:

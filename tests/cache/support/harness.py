@@ -156,6 +156,7 @@ class CacheHarness:
         self._download_limits = download_limits or DownloadLimits()
         self.board = Board.make(2)
         self.login_source = ScriptedLogins(login)
+        self.pulls: list[str] = []
         self.learned_challenges: dict[Registry, Any] = {}
         self.ping_targets: dict[Registry, Registry | None] = {}
         services = CacheServices(
@@ -164,6 +165,7 @@ class CacheHarness:
             layout=self.layout,
             records=self.records,
             on_file_created=counter.add,
+            on_pull=lambda registry, repository: self.pulls.append(repository),
             space=self.space,
             secret=secret,
             bindings=Bindings(),
