@@ -190,7 +190,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             server.audit,
             shared_state.ended_logins,
             report,
-            partial(daemon_facts, workers.supervisor, listener_service, authority),
+            partial(daemon_facts, server, workers.supervisor, listener_service, authority),
             partial(server.pools.lookups.run, local_user_name),
             {
                 **configuration_handlers.handlers(),
@@ -316,15 +316,19 @@ async def reload_for_command(reloader: Reloader, principal: Principal) -> dict[s
 
 
 def daemon_facts(
-    supervisor: WorkerSupervisor, listener_service: ListenerService, authority: CertificateAuthority
+    server: ProxyServer,
+    supervisor: WorkerSupervisor,
+    listener_service: ListenerService,
+    authority: CertificateAuthority,
 ) -> dict[str, Any]:
-    """Return the version, the processes, the ports and the CA of the daemon, as a JSON value."""
+    """Return the version, the processes, the ports and the CA of the daemon, and its fleet, as a JSON value."""
     main_process = {"number": 0, "state": "serving", "pid": os.getpid()}
     return {
         "version": __version__,
         "processes": [main_process, *supervisor.report()],
         "ports": listener_service.report(),
         "ca": {"sha256": authority.fingerprint, "expires": authority.expires_at},
+        "fleet": {} if server.fleet is None else server.fleet.members.states(),
     }
 
 

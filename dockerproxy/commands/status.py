@@ -40,7 +40,12 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
         ("REGISTRY", "STATE", "REQUESTS", "SERVED", "FROM CACHE", "P95", "BUDGET"),
         [_registry_row(row) for row in overview["registries"]],
     )
-    for line in (*_format_stores(facts), *_format_ca(facts["ca"]), _format_operation(facts["operation"])):
+    for line in (
+        *_format_fleet(facts["fleet"]),
+        *_format_stores(facts),
+        *_format_ca(facts["ca"]),
+        _format_operation(facts["operation"]),
+    ):
         print_line(line)
     print_refused_logins(facts["refused_logins"])
     for notice in notices:
@@ -97,6 +102,17 @@ def _format_budget(limit: dict[str, Any] | None) -> str:
     if limit["remaining"] is None:
         return "-"
     return f"{limit['remaining']}" + ("" if limit["limit"] is None else f" of {limit['limit']}")
+
+
+def _format_fleet(members: dict[str, str]) -> Iterator[str]:
+    """Yield the members of FLEET, by name, with the state of each: ``me``, ``up``, or why it is down."""
+    if not members:
+        return
+    down = {name: state for name, state in members.items() if state not in ("me", "up")}
+    me = next((name for name, state in members.items() if state == "me"), "not among them")
+    yield f"fleet: {format_count(len(members), 'member')}, {len(down)} of them down; this daemon is {me}"
+    for name, reason in down.items():
+        yield f"member {name} is down: {reason}"
 
 
 def _format_stores(facts: dict[str, Any]) -> Iterator[str]:

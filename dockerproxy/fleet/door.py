@@ -170,7 +170,8 @@ class FleetDoor:
         target = route(request.path)
         if target.kind is not Kind.BLOB or not (byte_range is None or _WHOLE.fullmatch(byte_range)):
             return None
-        relay = self.relays.place(blob_key(target.digest), hop.sender, has_failed=hop.kind is HopKind.LAST)
+        key, has_failed = blob_key(target.digest), hop.kind is HopKind.LAST
+        relay = self.relays.place(key, hop.sender, has_failed=has_failed, successor=self.members.successor(key))
         return None if relay is None or self.members.is_down(relay) else relay
 
     def _open(self, hop: Hop) -> OpenRegistry:

@@ -80,6 +80,12 @@ class Members:
         ranked = self.ranked(key)
         return ranked[1] if len(ranked) > 1 and ranked[0] == self.me else None
 
+    def successor(self, key: str) -> str | None:
+        """Return the member that comes after this one in the order for `key`, if there is one that is up."""
+        ranked = self.ranked(key)
+        position = ranked.index(self.me) + 1 if self.me in ranked else len(ranked)
+        return ranked[position] if position < len(ranked) else None
+
     def has_changed_within(self, seconds: float) -> bool:
         """Return whether the list changed, or this process started, less than `seconds` ago."""
         return self._now() - self.changed_at < seconds

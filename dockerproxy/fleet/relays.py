@@ -3,6 +3,9 @@
 The owner of a blob keeps the order in which members have come for it. The first FLEET_FAN_OUT get it from the owner,
 and each further one from a member that came before and sends it to fewer than FLEET_FAN_OUT others. So they form a
 tree, whose depth grows with the logarithm of their number. It is forgotten soon after the last one has come.
+
+The successor, which owns the blob if the owner fails, always gets it from the owner. So it notices that at once, and
+has as much of the blob as anybody.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class RelayTree:
     _children: Counter[str | None] = field(factory=Counter, init=False)
     _failed: set[str] = field(factory=set, init=False)
 
-    def place(self, member: str, *, has_failed: bool) -> str | None:
+    def place(self, member: str, *, has_failed: bool, successor: str | None = None) -> str | None:
         """Return the member from which `member` gets the blob, None for the owner.
 
         It is the same each time, unless the last one `has_failed`, which then sends to nobody any more.
@@ -46,14 +49,15 @@ class RelayTree:
         elif len(self._parents) >= _MAX_MEMBERS:
             return None
         self._failed.discard(member)  # it asks, so it lives
-        parent = self._find_parent(member)
+        parent = None if member == successor else self._find_parent(member, successor)
         self._parents[member] = parent
         self._children[parent] += 1
         return parent
 
-    def _find_parent(self, member: str) -> str | None:
+    def _find_parent(self, member: str, successor: str | None) -> str | None:
         """Return the first in the order that has room and does not get the blob from `member` itself."""
-        if self._children[None] < self._fan_out:
+        is_reserved = successor is not None and successor not in self._parents and self._fan_out > 1
+        if self._children[None] < self._fan_out - is_reserved:
             return None
         for candidate in self._parents:
             if (
@@ -92,11 +96,11 @@ class Relays:
     def _make_trees(self) -> BoundedDict[str, RelayTree]:
         return BoundedDict(_MAX_TREES, ttl=TREE_TTL, clock=self._now)
 
-    def place(self, key: str, member: str, *, has_failed: bool) -> str | None:
+    def place(self, key: str, member: str, *, has_failed: bool, successor: str | None = None) -> str | None:
         """Return the member from which `member` gets the blob `key`, None for this one; see `RelayTree.place`."""
         tree = self._trees.get(key)
         if tree is None:
             tree = RelayTree(self._fan_out)
-        parent = tree.place(member, has_failed=has_failed)
+        parent = tree.place(member, has_failed=has_failed, successor=successor)
         self._trees[key] = tree  # from now on for another TREE_TTL
         return parent

@@ -41,6 +41,7 @@ def facts(daemon: ControlSocketStub) -> dict[str, Any]:
         "ca": {"sha256": "AB:CD", "expires": NOW + 3000 * DAY},
         "operation": None,
         "refused_logins": [],
+        "fleet": {},
         "cache": {"bytes": 20 << 30, "limit": 32 << 30},
         "shelves": {
             "hosted": {"directory": "/srv/registry", "file_system": "nfs4", "free": 10**12},
@@ -135,3 +136,12 @@ def test_status_loads_little() -> None:
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     packages = {name.partition(".")[0] for name in loaded.stdout.split()}
     assert not packages & {"rich", "argcomplete", "twisted", "attr", "attrs", "jinja2", "cryptography", "asyncio"}
+
+
+def test_the_members_of_a_fleet(facts: dict[str, Any], overview: dict[str, Any], run: Run) -> None:
+    facts["fleet"] = {"10.0.0.1:3128": "me", "10.0.0.2:3128": "up", "10.0.0.3:3128": "connection refused"}
+    output = run("status")[1]
+    assert "fleet: 3 members, 1 of them down; this daemon is 10.0.0.1:3128" in output
+    assert "member 10.0.0.3:3128 is down: connection refused" in output
+    facts["fleet"] = {"10.0.0.2:3128": "up"}
+    assert "fleet: 1 member, 0 of them down; this daemon is not among them" in run("status")[1]

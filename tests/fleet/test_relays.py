@@ -23,6 +23,13 @@ def test_a_member_that_asks_again_keeps_its_place() -> None:
     assert [tree.place(name, has_failed=False) for name in "abc"] == places == [None, "a", "b"]
 
 
+def test_the_successor_always_gets_it_from_the_owner() -> None:
+    tree = RelayTree(2)
+    assert [tree.place(name, has_failed=False, successor="z") for name in "abc"] == [None, "a", "a"]
+    assert tree.place("z", has_failed=False, successor="z") is None
+    assert tree.place("d", has_failed=False, successor="z") == "b"
+
+
 def test_a_relay_that_failed_gets_no_more_members() -> None:
     tree = RelayTree(1)
     for name in "abcd":
