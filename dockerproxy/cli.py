@@ -176,6 +176,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add_command(
         "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"
     )
+    top = add_command("top", "top:top", "show downloads and traffic once a second: q ends it, s changes the order")
+    top.add_argument("-n", "--count", type=_positive, metavar="N", help="end after N seconds")
     config = add_command("config", "config:config", "show the settings in force and where each of them comes from")
     config.add_argument(
         "--check", metavar="FILE", help="check a file with settings and the files that it names instead"

@@ -482,6 +482,11 @@ def test_status(daemon: DaemonProcess) -> None:
     assert f"the CA certificate's SHA-256 is {fingerprint}\n" in daemon.log
 
 
+def test_top(daemon: DaemonProcess) -> None:
+    result = daemon.json("top", "--count", "1")
+    assert (result["transfers"], set(result["traffic"])) == ([], {"served", "downloaded"})
+
+
 def test_config_and_reload(tmp_path: Path) -> None:
     daemon = DaemonProcess(tmp_path)
     daemon.env_file.write_text("REGISTRIES=quay.io\nCACHE_MAX_SIZE=1g\nAUTH_REGISTRIES=quay.io:me:hunter2\n")

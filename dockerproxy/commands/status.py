@@ -38,7 +38,7 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
     print_line(_format_traffic(overview["day"]))
     print_table(
         ("REGISTRY", "STATE", "REQUESTS", "SERVED", "FROM CACHE", "P95", "BUDGET"),
-        [_registry_row(row) for row in overview["registries"]],
+        [registry_row(row) for row in overview["registries"]],
     )
     for line in (
         *_format_fleet(facts["fleet"]),
@@ -82,7 +82,8 @@ def _format_traffic(day: dict[str, Any]) -> str:
     )
 
 
-def _registry_row(row: dict[str, Any]) -> tuple[str, ...]:
+def registry_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells of a registry: name, state, requests, bytes, part from the cache, time and budget."""
     return (
         row["name"],
         row["problem"] or ("-" if row["up"] is None else "ok" if row["up"] else "does not answer"),

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
@@ -19,7 +20,11 @@ NOW = 1_800_000_000.0  # 2027-01-15 08:00:00 UTC
 
 
 class ControlSocketStub(ThreadingMixIn, UnixStreamServer):
-    """Answers with `answers`, by method and path: a JSON value, or a list of events. `requests` has all that came."""
+    """Answers with `answers`, by method and path. `requests` has all that came.
+
+    An answer is a JSON value, a list of events, a function that yields events for as long as it likes, or a pair of an
+    HTTP status and a JSON value.
+    """
 
     daemon_threads = True
 
@@ -42,6 +47,13 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = 404, {"error": {"code": "UNSUPPORTED", "message": "this daemon does not support it"}}
         elif isinstance(answer, tuple):
             status, answer = answer
+        if callable(answer):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for line in answer():
+                    self.wfile.write(json.dumps(line).encode() + b"\n")
+            return
         lines = answer if isinstance(answer, list) else [answer]
         content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         self.send_response(status)
