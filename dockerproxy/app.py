@@ -117,10 +117,11 @@ class SharedServices:
     """The state and the services that all processes of the daemon share.
 
     `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
-    logins that are refused, `report_pull` of GETs of manifests, and `logins` has those of credential helpers.
-    `silent_servers` remembers servers that do not answer. `board` shows the downloads of all processes, `board_part`
-    those of this one, and `overview` answers the questions of the page and the API. `bindings` maps issued tokens to
-    the clients they were issued to. `multi_process` is true if the daemon has several processes.
+    logins that are refused, `report_pull` of GETs of manifests, and `report_refusal` of the addresses of clients that
+    refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
+    not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
+    questions of the page and the API. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
+    is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -128,6 +129,7 @@ class SharedServices:
     metrics: Metrics
     report_login: OnLoginChanged
     report_pull: Callable[[str, str], None]
+    report_refusal: Callable[[str], None]
     logins: LoginProvider
     silent_servers: SilentServers
     tombstones: Tombstones
@@ -181,6 +183,8 @@ class ProxyServer:
     """The bounds that `debug_report` shows."""
     state: StateDirectory
     agent: Agent
+    probes: Sequence[WriteProbe]
+    policy: Policy
     metrics: Metrics
     live: LiveFeed
     fleet: Fleet | None
@@ -348,7 +352,16 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     )
     certificates.watch_files(reactor)
     budgets = SiteBudgets()
-    listeners = build_listeners(reactor, settings, forward_proxy, direct_listener, certificates, on_finished, budgets)
+    listeners = build_listeners(
+        reactor,
+        settings,
+        forward_proxy,
+        direct_listener,
+        certificates,
+        on_finished,
+        shared.report_refusal,
+        budgets,
+    )
     if fleet is not None:
         fleet.start(reactor, [listener.site for listener in listeners])
     return ProxyServer(
@@ -381,6 +394,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         ],
         shared.state,
         connectors.agent,
+        probes,
+        policy,
         shared.metrics,
         live,
         fleet,
@@ -657,11 +672,15 @@ def build_listeners(
     direct_listener: DirectRequestHandler,
     certificates: Certificates,
     on_finished: OnRequestFinished,
+    on_refused: Callable[[str], object],
     budgets: SiteBudgets,
 ) -> list[Listener]:
-    """Build the configured listeners, which are not open yet. `on_finished` is called after each request."""
+    """Build the configured listeners, which are not open yet.
 
-    make_site = partial(build_site, reactor, settings, on_finished=on_finished, budgets=budgets)
+    `on_finished` is called after each request, and `on_refused` with each client that refuses our certificate.
+    """
+
+    make_site = partial(build_site, reactor, settings, on_finished=on_finished, on_refused=on_refused, budgets=budgets)
 
     def make_proxy_site(tls: Callable[[], ServerContext] | None = None) -> Site:
         def handle(request: Request) -> Awaitable[None]:
@@ -689,6 +708,7 @@ def build_site(
     tls: Callable[[], ServerContext] | None = None,
     *,
     on_finished: OnRequestFinished,
+    on_refused: Callable[[str], object] = lambda client: None,
     budgets: SiteBudgets | None = None,
 ) -> Site:
     """Build a site that passes its requests to `handler`. `tls`, if given, returns the TLS context of a connection."""
@@ -706,6 +726,7 @@ def build_site(
         on_request_finished=on_finished,
         get_tls_context=tls,
         budgets=budgets,
+        on_certificate_refused=on_refused,
     )
 
 

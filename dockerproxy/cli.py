@@ -200,6 +200,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--refresh", action="store_true", help="ask the registries whether tags have moved, where it is time"
     )
     pins.add_argument("--all", action="store_true", help="with --refresh: all of them now")
+    add_command("doctor", "doctor:diagnose", "check this server and its registries: what is wrong, and what to do")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 

@@ -31,6 +31,7 @@ from dockerproxy.settings import (
     credential_name,
     exposure_warnings,
     read_env_file,
+    unread_names,
     variable_name,
     with_credentials,
 )
@@ -70,7 +71,8 @@ log = Logger()
 class Configuration:
     """The settings, and the variables that they were parsed from. Other processes parse the same variables.
 
-    `docker_config` is the content of DOCKER_CONFIG_FILE, which is empty if that is not set.
+    `docker_config` is the content of DOCKER_CONFIG_FILE, which is empty if that is not set. `unread` are the names in
+    the environment file that nothing reads.
     """
 
     settings: Settings
@@ -78,6 +80,7 @@ class Configuration:
     docker_config: DockerConfig = field(factory=DockerConfig, repr=False)
     sources: Mapping[str, tuple[str, str]] = field(factory=dict)
     """The source of each variable that is not simply one of the environment: its kind, and the place in it."""
+    unread: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, environment: Mapping[str, str], env_file: str | None) -> Configuration:
@@ -104,7 +107,7 @@ class Configuration:
             *exposure_warnings(settings, env_file, file),
             *login_warnings(settings.auth_registries, settings.registries, settings.registry_wildcards),
         )
-        return cls(evolve(settings, warnings=warnings), variables, docker_config, sources)
+        return cls(evolve(settings, warnings=warnings), variables, docker_config, sources, unread_names(file))
 
 
 def read_docker_config(path: Path | None) -> DockerConfig:

@@ -337,6 +337,17 @@ def _typo_warnings(file: Mapping[str, str], setting_names: list[str]) -> list[st
     return warnings
 
 
+def unread_names(file: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names in an environment file that are no settings, nor resemble one: `Settings.warnings` names those.
+
+    Variables that other programs read from such a file are left out.
+    """
+    setting_names = _variable_names(Settings)
+    known = {*setting_names, *_UNRELATED_VARIABLES}
+    names = [name for name in file if name not in setting_names and name.upper() not in known]
+    return tuple(name for name in names if not _typo_warnings({name: ""}, setting_names))
+
+
 def _override_warnings(env: Mapping[str, str], file: Mapping[str, str], setting_names: list[str]) -> list[str]:
     return [
         f"{name} in the .env file has no effect, because the environment sets it to another value."

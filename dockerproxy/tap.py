@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,7 +18,8 @@ from dockerproxy.admin.api import ControlAPI
 from dockerproxy.admin.configuration import ConfigurationHandlers
 from dockerproxy.admin.control import Control, ControlHandler, DaemonFacts, DebugReport, UserName, local_user_name
 from dockerproxy.admin.deletion import Deleter
-from dockerproxy.admin.operations import Operations
+from dockerproxy.admin.diagnosis import handle_doctor
+from dockerproxy.admin.operations import OperationHistory, Operations
 from dockerproxy.admin.overview import LocalOverview, OverviewSources
 from dockerproxy.admin.pulls import PullService
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
@@ -39,6 +40,7 @@ from dockerproxy.cache.image_pull import ImagePuller
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
+from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
@@ -47,8 +49,11 @@ from dockerproxy.daemon.history import History, HistoryService
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.metrics import RELOAD_SUCCESS, Metrics
+from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
+from dockerproxy.doctor.doctor import DOCTOR_THREADS, Doctor, DoctorSettings, DoctorSources
+from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
@@ -65,6 +70,7 @@ from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.store.tombstones import Tombstones, TombstoneService
 from dockerproxy.terminal import format_size
+from dockerproxy.thread_pool import BoundedThreadPool
 from dockerproxy.upstream.credential_helper import CredentialHelpers
 from dockerproxy.upstream.login_provider import LocalLoginProvider
 from dockerproxy.upstream.registry_states import RegistryStates
@@ -136,7 +142,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     logins = LocalLoginProvider(helpers.run, reactor.seconds)
     reactor.callWhenRunning(configure_provider, logins, configuration)
     pull_counts, bindings = PullCounts(time.time), Bindings()
-    shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts)
+    refusing_clients = RefusingClients(time.time)
+    shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts, refusing_clients)
     forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
@@ -154,14 +161,30 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
     overview.sources.budget, overview.sources.is_pinned = pulls.budget, pulls.is_pinned
-    apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls)
+    operation_history = OperationHistory(state.open_records())
+    doctor = Doctor(
+        build_doctor_sources(
+            reactor,
+            server,
+            shared_state,
+            authority,
+            registry_states,
+            operation_history,
+            listener_service,
+            workers.supervisor,
+            tombstones,
+        ),
+        doctor_settings(configuration, state.warnings),
+    )
+    shared_state.doctor_report = doctor.report
+    apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
     reloader = Reloader(read, apply, configuration, server.registries, notifier, server.audit, report_reload)
     configuration_handlers = ConfigurationHandlers(
         lambda: report_configuration(reloader), partial(reload_for_command, reloader)
     )
-    operations = Operations(reactor, shared_state.locks, server.audit, time.time)
+    operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
     report = partial(debug_report, server, shared_state, workers)
@@ -196,6 +219,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
                 **configuration_handlers.handlers(),
                 **ControlAPI(shared.overview, server.live).handlers,
                 **pulls.handlers,
+                ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
             },
             overview.sources,
         ),
@@ -290,6 +314,7 @@ async def apply_configuration(
     supervisor: WorkerSupervisor,
     shared_state: SharedState,
     pulls: PullService,
+    doctor: Doctor,
     configuration: Configuration,
 ) -> list[str]:
     """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
@@ -301,6 +326,7 @@ async def apply_configuration(
     configure_provider(shared_state.logins, configuration)
     shared_state.ended_logins.clear()
     pulls.reconfigure(configuration.settings.rate_reserve, configuration.settings.pin_file)
+    doctor.configure(doctor_settings(configuration))
     return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
@@ -330,6 +356,55 @@ def daemon_facts(
         "ca": {"sha256": authority.fingerprint, "expires": authority.expires_at},
         "fleet": {} if server.fleet is None else server.fleet.members.states(),
     }
+
+
+def doctor_settings(configuration: Configuration, warnings: Sequence[str] = ()) -> DoctorSettings:
+    """Return the settings of the doctor; `warnings` are other sentences about settings."""
+    names = ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy")
+    proxy_setting = next((name for name in names if configuration.variables.get(name, "").strip()), names[0])
+    warnings = (*configuration.settings.warnings, *warnings)
+    return DoctorSettings(configuration.settings, warnings, configuration.unread, proxy_setting)
+
+
+def build_doctor_sources(
+    reactor: Any,
+    server: ProxyServer,
+    shared_state: SharedState,
+    authority: CertificateAuthority,
+    registry_states: RegistryStates,
+    operation_history: OperationHistory,
+    listener_service: ListenerService,
+    supervisor: WorkerSupervisor,
+    tombstones: Tombstones,
+) -> DoctorSources:
+    """Return the parts of the daemon that the doctor's checks read."""
+    records = server.state.open_records()
+    stores = (server.state.cache, server.state.registry)
+
+    def limits() -> list[dict[str, Any]]:
+        return [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in stored_limits(records)]
+
+    return DoctorSources(
+        reactor=reactor,
+        threads=BoundedThreadPool.start(reactor, "checks of the doctor", DOCTOR_THREADS),
+        now=time.time,
+        agent=server.agent,
+        authorizer=server.authorizer,
+        logins=server.pull_through.logins,
+        address_check=server.policy.check_upstream,
+        resolver=NameResolver(server.pools.lookups, reactor.seconds),
+        probes=tuple(zip(server.probes, stores, strict=True)),
+        authority=authority,
+        states=registry_states.report_list,
+        refused_logins=shared_state.ended_logins.report_list,
+        limits=limits,
+        usage=lambda: (shared_state.space.index.total, shared_state.space.index.limit),
+        idle_age=tombstones.get_last_idle,
+        refusing_clients=shared_state.refusing_clients.last_refusals,
+        maintenance=operation_history.last_runs,
+        open_ports=lambda: listener_service.open_ports,
+        process_ids=lambda: [os.getpid(), *supervisor.process_ids],
+    )
 
 
 def configure_provider(logins: LocalLoginProvider, configuration: Configuration) -> None:

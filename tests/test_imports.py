@@ -41,6 +41,7 @@ ALLOWED = {
     "settings": {"parsers", "net", "oci", "errors"},
     "reload": {"daemon", "registry", "settings", "upstream", "oci"},
     "admin": {"cache", "daemon", "registry", "proxy", "store", "http", "oci", "errors"},
+    "doctor": {"daemon", "net", "oci", "proxy", "settings", "store", "upstream", "errors"},
     "workers": {"cache", "store", "upstream", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 
+from attrs import frozen
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
@@ -17,12 +18,16 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from dockerproxy.cache.best_effort import try_put
 from dockerproxy.concurrency import KeyedLock
 from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.principal import Principal
+from dockerproxy.store.records import Records
 
 _STOP_TIMEOUT = 10.0  # seconds that the process has to end before it is killed
 _MAX_LINE = 4 * 1024 * 1024  # bytes; the longest line is a result with 1000 problems
+_RECORD = "maintenance"
+_REMEMBERED = ("gc", "check", "check of the cache")
 _MAX_STDERR = 8192  # bytes that are logged, the last ones
 
 log = Logger()
@@ -38,18 +43,45 @@ class OperationError(Exception):
         self.code, self.message = code, message
 
 
+@frozen
+class OperationHistory:
+    """The last gc and checks that ended, as records. A gc that changes nothing does not count."""
+
+    _records: Records
+
+    def record(self, name: str, options: Mapping[str, Any], at: float, problems: int) -> None:
+        """Note the end of an operation at a POSIX time, and how many problems it found."""
+        if name == "check" and not options.get("links", True):
+            name = "check of the cache"
+        if name in _REMEMBERED and not options.get("dry_run", False):
+            try_put(self._records, {"at": at, "problems": problems}, _RECORD, name)
+
+    def last_runs(self) -> dict[str, Mapping[str, Any]]:
+        """Return when each was last run, and its problems, by its name. Blocks."""
+        records = {name: self._records.get(_RECORD, name) for name in _REMEMBERED}
+        return {name: record for name, record in records.items() if record is not None and _is_run(record)}
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("at"), int | float) and isinstance(record.get("problems"), int)
+
+
 class Operations(Service):
     """Runs long operations one at a time, because concurrent ones would invalidate each other's results.
 
-    Each is recorded in `audit` at its end. `locks` are those of the hosted store's repositories. `current` has the name
-    of the running operation, the user that started it, and when, as POSIX time by `clock`.
+    Each is recorded in `audit` at its end, and in `history` if it changed anything. `locks` are those of the hosted
+    store's repositories. `current` has the name of the running operation, the user that started it, and when, as POSIX
+    time by `clock`.
     """
 
-    def __init__(self, reactor: Any, locks: KeyedLock, audit: AuditLog, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, reactor: Any, locks: KeyedLock, audit: AuditLog, clock: Callable[[], float], history: OperationHistory
+    ) -> None:
         self._reactor = reactor
         self._locks = locks
         self._audit = audit
         self._clock = clock
+        self._history = history
         self._process: OperationProcess | None = None
         self.current: dict[str, Any] | None = None
 
@@ -70,9 +102,17 @@ class Operations(Service):
         self.current = {"name": name, "user": principal.user, "since": self._clock()}
         log.info("{principal} started {operation}", operation=name, principal=str(principal))
         outcome = "interrupted"
+        problems = 0
+
+        async def count_problems(event: Event) -> None:
+            nonlocal problems
+            problems += event["event"] == "finding"
+            await on_event(event)
+
         try:
-            result = await self._run_process(name, options, on_event)
+            result = await self._run_process(name, options, count_problems)
             outcome = "done"
+            self._history.record(name, options, self._clock(), problems + len(result.get("problems", ())))
             return result
         except OperationError as error:
             outcome = f"failed: {error.message}"

@@ -293,7 +293,7 @@ class Janitor:
                 return (lambda: age < STALE_GRANT_TTL), True
             case "flight", *_, digest:
                 return partial(self._is_downloaded, digest), False
-            case "challenge", *_:
+            case "challenge" | "maintenance", *_:
                 return _yes, False
         return (lambda: age < _UNKNOWN_TTL), True
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from attrs import frozen
 from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, TimeoutError, gatherResults, maybeDeferred
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
@@ -30,6 +31,16 @@ class Listener:
     setting: str
     descriptions: tuple[str, ...]
     site: Site
+
+
+@frozen
+class OpenPort:
+    """A port of `setting` that is open at `host` (`""`: all addresses). If `secure`, connections begin with TLS."""
+
+    setting: str
+    host: str
+    number: int
+    secure: bool
 
 
 class PortOpener(Protocol):
@@ -82,13 +93,23 @@ class ListenerService(Service):
         self._transfers = transfers
         self._close_upstreams = close_upstreams
         self._on_repeated_stop = on_repeated_stop
-        self._ports: list[tuple[str, IListeningPort]] = []
+        self._ports: list[tuple[Listener, IListeningPort]] = []
         self.listening: Deferred[None] = Deferred()
         """Fires when all ports are open."""
 
+    @property
+    def open_ports(self) -> list[OpenPort]:
+        """The TCP ports that are open."""
+        addresses = [(listener, port.getHost()) for listener, port in self._ports]
+        return [
+            OpenPort(listener.setting, str(address.host), address.port, listener.site.secure)
+            for listener, address in addresses
+            if isinstance(address, IPv4Address | IPv6Address)
+        ]
+
     def report(self) -> list[dict[str, str]]:
         """Return the open ports: the setting and the address of each."""
-        return [{"setting": setting, "address": format_address(port)} for setting, port in self._ports]
+        return [{"setting": listener.setting, "address": format_address(port)} for listener, port in self._ports]
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -118,7 +139,7 @@ class ListenerService(Service):
     async def _listen_on_all(self) -> None:
         for listener in self._listeners:
             try:
-                self._ports.extend((listener.setting, port) for port in await self._opener.open(listener))
+                self._ports.extend((listener, port) for port in await self._opener.open(listener))
             except SocketNotPassed as error:
                 # If another program occupies the port, systemd's socket unit fails. The proxy works without that port.
                 if listener is self._listeners[0]:

@@ -41,7 +41,7 @@ from dockerproxy.http.request import PLAIN_TEXT, ClientDisconnected, Fields, Req
 from dockerproxy.http.security_fields import SECURITY_FIELDS
 from dockerproxy.http.stream import ByteStream, ClientBuffers
 from dockerproxy.http.timeouts import ConnectionTimer, Deadline
-from dockerproxy.http.tls import describe_handshake_error
+from dockerproxy.http.tls import describe_handshake_error, refuses_certificate
 
 if TYPE_CHECKING:
     from dockerproxy.http.site import Site
@@ -127,6 +127,8 @@ class HTTPChannel(Protocol):
                 client=self.client,
                 reason=describe_handshake_error(reason.value),
             )
+            if refuses_certificate(reason.value):
+                self._site.on_certificate_refused(self.client)
         self._on_event(Event.LOST)
         self._buffer = b""
         self._count_buffer()

@@ -52,11 +52,16 @@ class SiteBudgets:
     responses: BufferBudget = field(factory=partial(_make_budget, "bytes of forwarded responses that are being sent"))
 
 
+def _ignore_client(client: str) -> None:
+    """Do nothing if a client refuses our certificate."""
+
+
 class Site(Factory):
     """The factory of HTTP channels of one listener; `handler` responds to their requests.
 
     `on_request_finished` is called with each finished request and its duration in seconds. It writes the access log.
-    `budgets` limit the memory that bodies take, of this site and others.
+    `budgets` limit the memory that bodies take, of this site and others. `on_certificate_refused` is called with the
+    address of each client that did not trust our certificate.
     """
 
     noisy = False
@@ -70,6 +75,7 @@ class Site(Factory):
         on_request_finished: Callable[[Request, float], None],
         get_tls_context: Callable[[], ServerContext] | None = None,
         budgets: SiteBudgets | None = None,
+        on_certificate_refused: Callable[[str], object] = _ignore_client,
     ) -> None:
         self.reactor = reactor
         self.handler = handler
@@ -77,6 +83,7 @@ class Site(Factory):
         self.timeout_reaper = TimeoutReaper(reactor, timeouts.tick)
         self.on_request_finished = on_request_finished
         self.budgets = budgets or SiteBudgets()
+        self.on_certificate_refused = on_certificate_refused
         self.draining = False
         self._get_tls_context = get_tls_context
         self._channels: set[HTTPChannel] = set()

@@ -349,7 +349,16 @@ def describe_handshake_error(error: SSL.Error | OSError) -> str:
     """Return the reason of a failed handshake: OpenSSL's text, or a hint if the client rejected our certificate."""
     if isinstance(error, OSError):
         return str(error)
-    reasons = [str(entry[-1]) for entry in error.args[0]] if error.args and isinstance(error.args[0], list) else []
-    if any(distrust in reason for reason in reasons for distrust in _UNTRUSTED_CERTIFICATE_ALERTS):
+    if refuses_certificate(error):
         return "the client does not trust this proxy's CA; install the certificate from /ca.crt on it"
-    return "; ".join(reasons) or "the client closed the connection"
+    return "; ".join(_reasons(error)) or "the client closed the connection"
+
+
+def refuses_certificate(error: SSL.Error | OSError) -> bool:
+    """Return whether the handshake failed because the client does not trust our certificate."""
+    return any(distrust in reason for reason in _reasons(error) for distrust in _UNTRUSTED_CERTIFICATE_ALERTS)
+
+
+def _reasons(error: SSL.Error | OSError) -> list[str]:
+    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return [str(entry[-1]) for entry in entries]

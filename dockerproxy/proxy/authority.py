@@ -116,6 +116,11 @@ class CertificateAuthority:
         return self._issuer.trusted.fingerprint(hashes.SHA256()).hex(":").upper()
 
     @property
+    def path(self) -> tuple[x509.Certificate, ...]:
+        """The certificate that signs, and those above it."""
+        return self._issuer.path
+
+    @property
     def expires_at(self) -> float:
         """The POSIX time at which clients stop to trust the CA: the end of that certificate or of the issuing one."""
         return min(validity(certificate)[1] for certificate in (self._issuer.trusted, self._issuer.certificate))

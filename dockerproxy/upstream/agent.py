@@ -9,10 +9,11 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+from attrs import frozen
 from twisted.internet.defer import CancelledError, Deferred, TimeoutError
 from twisted.web.iweb import IBodyProducer
 
-from dockerproxy.errors import BadRequest, UpstreamTimeout
+from dockerproxy.errors import BadRequest, RegistryError, UpstreamTimeout
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.oci.names import Host, Registry
@@ -29,7 +30,7 @@ from dockerproxy.upstream.connection_auth import request_logs_in
 from dockerproxy.upstream.http1 import render_request_head
 from dockerproxy.upstream.pool import Pool
 from dockerproxy.upstream.silent_servers import SilentServers
-from dockerproxy.upstream.tls import ClientContext, TLSClientFactory
+from dockerproxy.upstream.tls import ClientContext, ClientHandshake, TLSClientFactory
 from dockerproxy.upstream.urls import split_url
 
 __all__ = ["Agent", "ClientContext", "Response", "UpstreamTimeouts"]
@@ -40,6 +41,21 @@ _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})  # RFC 9110, section 8.6: th
 _REPLACED_FIELDS = ("host", "content-length", "expect")
 _NO_HEADERS = Headers()
 _SLOW_DROP = 1.0  # seconds
+_MAX_EXAMINED = 256 * 1024  # bytes of an answer to `examine`
+
+
+@frozen
+class Examination:
+    """The answer of a server to `Agent.examine`, after so many `seconds`.
+
+    `response` is None if there is an `error`. `issuer` is the name of the CA of its certificate, of a rejected one too.
+    """
+
+    seconds: float
+    issuer: str
+    error: RegistryError | None
+    response: Response | None = None
+    content: bytes = b""
 
 
 class Agent:
@@ -125,6 +141,39 @@ class Agent:
         connection = await (connect() if client else self._silent_servers.connect(origin, connect, probe))
         return await send(connection)
 
+    async def examine(self, origin: Registry, limit: float, address_check: AddressCheck | None = None) -> Examination:
+        """Return the answer of the server at `origin` to ``GET /v2/`` without a credential, over a new connection.
+
+        It has `limit` seconds for that, or those of the time-outs if they are less. It is asked even if it is known to
+        be silent. `address_check` is as for `request`.
+        """
+        handshake = self._context.handshake(origin.host) if origin.scheme == "https" else None
+        started_at, limit = self._reactor.seconds(), min(limit, self._timeouts.probe)
+        work = Deferred.fromCoroutine(self._ping(origin, handshake, address_check))
+        work.addTimeout(limit, self._reactor)
+        error: RegistryError | None = None
+        response, content = None, b""
+        try:
+            response, content = await work
+            self._silent_servers.note_answer(origin)
+        except TimeoutError:
+            error = UpstreamTimeout(f"{origin.host.authority}: no answer within {limit:g} s")
+        except RegistryError as failure:
+            error = failure
+        issuer = "" if handshake is None else handshake.issuer
+        return Examination(self._reactor.seconds() - started_at, issuer, error, response, content)
+
+    async def _ping(
+        self, origin: Registry, handshake: ClientHandshake | None, address_check: AddressCheck | None
+    ) -> tuple[Response, bytes]:
+        connection = await self._open_connection(object(), origin, address_check, "", handshake)
+        try:
+            head = _render_head("GET", origin, "/v2/", _NO_HEADERS, None)
+            response = await connection.exchange(OutgoingRequest("GET", f"{origin.origin}/v2/", head))
+            return response, await response.read_all(_MAX_EXAMINED)
+        finally:
+            connection.abort()
+
     async def close(self) -> None:
         """Abort all connections; return once all are closed."""
         self._silent_servers.close()
@@ -172,7 +221,8 @@ class Agent:
     async def _connect_in_time(
         self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
     ) -> UpstreamConnection:
-        work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check, client))
+        handshake = self._context.handshake(origin.host) if origin.scheme == "https" else None
+        work = Deferred.fromCoroutine(self._open_connection(key, origin, address_check, client, handshake))
         work.addTimeout(self._timeouts.connect, self._reactor)
         try:
             return await work
@@ -181,9 +231,13 @@ class Agent:
             raise UpstreamTimeout(f"{authority}: timed out, not connected after {seconds:g} s") from None
 
     async def _open_connection(
-        self, key: Hashable, origin: Registry, address_check: AddressCheck | None, client: str
+        self,
+        key: Hashable,
+        origin: Registry,
+        address_check: AddressCheck | None,
+        client: str,
+        handshake: ClientHandshake | None,
     ) -> UpstreamConnection:
-        handshake = self._context.handshake(origin.host) if origin.scheme == "https" else None
         connection = UpstreamConnection(self._reactor, origin.host.authority, handshake, self._timeouts, self, key)
         factory = SingleProtocolFactory(connection) if handshake is None else TLSClientFactory(handshake, connection)
         await self._dialer.endpoint(origin.host, address_check, client).connect(factory)

@@ -167,6 +167,10 @@ class SilentServers:
         self._answer(server)
         return response
 
+    def note_answer(self, origin: Registry) -> None:
+        """Note that a server has answered a request of our own."""
+        self._answer(self._server(origin.origin))
+
     def close(self) -> None:
         """End all work in the background, and begin none."""
         self._closed = True

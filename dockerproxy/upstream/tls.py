@@ -32,6 +32,8 @@ _VERIFY_ERRORS = {
     26: "it is not a server certificate",
 }
 
+_MAX_ISSUER = 80  # characters
+
 
 class ClientContext:
     """The TLS settings of all connections to upstreams.
@@ -81,6 +83,13 @@ class ClientHandshake:
         self._verify = verify
         self._connection: SSL.Connection | None = None
         self._verify_error = 0
+        self._certificate: Any = None  # of the server; or the one in its chain that was rejected
+
+    @property
+    def issuer(self) -> str:
+        """The name of the CA that signed the server's certificate, which is not to be trusted; `""` if unknown."""
+        name = None if self._certificate is None else self._certificate.get_issuer()
+        return "" if name is None else str(name.organizationName or name.commonName or "")[:_MAX_ISSUER]
 
     def connection(self, sock: socket.socket) -> SSL.Connection:
         """Return a client TLS connection on `sock`, before its handshake."""
@@ -117,6 +126,8 @@ class ClientHandshake:
 
     def _on_verify(self, connection: SSL.Connection, certificate: object, error: int, depth: int, ok: int) -> bool:
         """Record OpenSSL's error code, because its exception omits it, and keep OpenSSL's decision."""
+        if not ok or depth == 0:
+            self._certificate = certificate
         if not ok:
             self._verify_error = error
         return bool(ok)

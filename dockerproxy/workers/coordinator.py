@@ -17,6 +17,7 @@ from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.space import CacheSpace, CacheSpaceManager
 from dockerproxy.concurrency import LocalKeyedLock, spawn
+from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.oci.credentials import IDENTITY_TOKEN_USER, BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.layout import IngestKey
@@ -33,6 +34,10 @@ class Coordinator(CacheSpace, Protocol):
     def report_login(self, registry: str, setting: str, reason: str) -> None: ...
 
     def report_pull(self, registry: str, repository: str) -> None: ...
+
+    def report_refusal(self, client: str) -> None: ...
+
+    async def doctor_report(self, quick: bool) -> dict[str, Any]: ...
 
     async def get_overview(
         self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]
@@ -56,7 +61,9 @@ class SharedState:
     ended_logins: EndedLogins
     logins: LocalLoginProvider
     pull_counts: PullCounts
+    refusing_clients: RefusingClients
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
+    doctor_report: Callable[[bool], Awaitable[dict[str, Any]]] | None = None  # once the daemon has been built
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
     overview: Answer | None = field(default=None, init=False)
 
@@ -162,6 +169,17 @@ class LocalCoordinator(Coordinator):
             raise RuntimeError("the overview is asked before the daemon is built")
         return await self._shared.overview(resource, viewer, arguments)
 
+    # the doctor
+
+    def report_refusal(self, client: str) -> None:
+        """Note that a client has refused our certificate."""
+        self._shared.refusing_clients.add(client)
+
+    async def doctor_report(self, quick: bool) -> dict[str, Any]:
+        """Return the report of `Doctor`."""
+        assert self._shared.doctor_report is not None
+        return await self._shared.doctor_report(quick)
+
     # the end
 
     def close(self) -> None:
@@ -204,6 +222,8 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "report_login": (str, str, str),
     "get_overview": (str, list, dict),
     "report_pull": (str, str),
+    "report_refusal": (str,),
+    "doctor_report": (bool,),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
 

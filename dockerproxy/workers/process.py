@@ -83,6 +83,7 @@ class ForkedState:
             self.metrics.for_process(number),
             coordinator.report_login,
             coordinator.report_pull,
+            coordinator.report_refusal,
             coordinator,
             silent_servers,
             self.tombstones,

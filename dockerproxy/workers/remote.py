@@ -106,6 +106,15 @@ class RemoteCoordinator(Coordinator):
         """Report a GET of a manifest, which a registry may count."""
         self._rpc.hint("report_pull", registry, repository)
 
+    def report_refusal(self, client: str) -> None:
+        """Report a client that has refused our certificate."""
+        self._rpc.hint("report_refusal", client)
+
+    async def doctor_report(self, quick: bool) -> dict[str, Any]:
+        """Return the report of the main process's `Doctor`. Raise `RemoteError`."""
+        report: dict[str, Any] = await self._rpc.call("doctor_report", quick)
+        return report
+
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
         if digests:

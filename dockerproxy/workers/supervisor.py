@@ -136,6 +136,11 @@ class WorkerSupervisor(Service):
         self._table.add(chosen.number, client)
         return True
 
+    @property
+    def process_ids(self) -> list[int]:
+        """The IDs of the workers' processes."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
     def close_idle(self, client: str) -> None:
         """Make the workers close idle connections of `client`."""
         for worker in self._workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from twisted.internet.task import Clock
 from twisted.logger import formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 
-from dockerproxy.admin.operations import OperationError, Operations
+from dockerproxy.admin.operations import OperationError, OperationHistory, Operations
 from dockerproxy.concurrency import LocalKeyedLock
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
+from dockerproxy.store.records import Records
 from tests.support.audit import make_audit_log
 
 ALICE = Principal("alice", CONTROL_SOCKET, None)
@@ -75,10 +77,11 @@ class ProcessReactor(Clock):
 class Harness:
     """Starts operations. `hook`, if set, must fire before the next event is relayed."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.reactor, self.locks = ProcessReactor(), LocalKeyedLock()
         self.audit, self.recorded = make_audit_log()
-        self.operations = Operations(self.reactor, self.locks, self.audit, lambda: 1234.5)
+        self.history = OperationHistory(Records(folder / "records"))
+        self.operations = Operations(self.reactor, self.locks, self.audit, lambda: 1234.5, self.history)
         self.events: list[dict[str, Any]] = []
         self.hook: Deferred[None] | None = None
 
@@ -99,8 +102,8 @@ class Harness:
 
 
 @pytest.fixture
-def harness() -> Harness:
-    return Harness()
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
 
 
 PROGRESS = {"event": "progress", "phase": "mark", "done": 1, "total": None}

@@ -1,4 +1,4 @@
-"""An audit log whose entries are in a list."""
+"""An audit log with its entries in a list."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.space import CacheSpaceManager
+from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.blobs import Blobs
@@ -84,7 +85,14 @@ class MainProcessStub:
         )  # fmt: skip
         self.ended_logins = EndedLogins(self.reactor.seconds)
         self.logins = LocalLoginProvider(self.run_helper, self.reactor.seconds)
-        self.shared = SharedState(self.cache_space, self.ended_logins, self.logins, PullCounts(self.reactor.seconds))
+        self.refusing_clients = RefusingClients(lambda: 1234.5)
+        self.shared = SharedState(
+            self.cache_space,
+            self.ended_logins,
+            self.logins,
+            PullCounts(self.reactor.seconds),
+            self.refusing_clients,
+        )
         self.space = self.lock = LocalCoordinator(self.shared)
 
     async def run_helper(self, helper: str, server: str) -> Login | None:

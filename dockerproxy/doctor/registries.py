@@ -1,0 +1,140 @@
+"""Facts about registries: whether they answer, with whose certificate, and whether they accept our logins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol
+
+from attrs import frozen
+from twisted.internet.defer import Deferred, DeferredSemaphore, TimeoutError, gatherResults
+
+from dockerproxy.doctor.checks import LoginFacts, RegistryFacts
+from dockerproxy.errors import RegistryError
+from dockerproxy.net.dial import AddressCheck
+from dockerproxy.oci.challenge import Challenge, parse_challenges
+from dockerproxy.oci.credentials import Login
+from dockerproxy.oci.names import Registry
+from dockerproxy.upstream.agent import Agent, Examination
+from dockerproxy.upstream.authorizer import Authorizer
+from dockerproxy.upstream.refusals import is_own_refusal, is_page
+from dockerproxy.upstream.registry_states import name_of
+from dockerproxy.upstream.urls import split_url
+
+ANSWER_LIMIT = 8.0
+"""Seconds for the answer of one server."""
+_MAX_PARALLEL = 64  # servers that are asked at the same time
+
+
+class Logins(Protocol):
+    """The administrator's logins; see `SharedLogins`."""
+
+    def configured_login(self, registry: Registry) -> Login | None: ...
+
+    def setting(self, registry: Registry) -> str: ...
+
+
+@frozen
+class RegistryExaminer:
+    """Asks registries by `agent`. `refused_logins` returns those that are known to be refused, which are not tried.
+
+    `address_check` checks the addresses of token servers on other hosts. `now` returns POSIX time.
+    """
+
+    _reactor: Any
+    _agent: Agent
+    _authorizer: Authorizer
+    _logins: Logins
+    _refused_logins: Callable[[], Iterable[Mapping[str, Any]]]
+    _address_check: AddressCheck | None
+    _now: Callable[[], float]
+
+    async def examine(self, registries: Iterable[Registry]) -> tuple[list[RegistryFacts], list[LoginFacts]]:
+        """Return facts about `registries`, about their token servers, and about the logins for them."""
+        registries = list(registries)
+        tokens = DeferredSemaphore(_MAX_PARALLEL)
+        works = [tokens.run(self._start, registry) for registry in registries]
+        results = await gatherResults(works)
+        facts = [fact for fact, _, _ in results]
+        logins = [login for _, login, _ in results if login is not None]
+        hosts = {registry.host.name for registry in registries}
+        realms = {realm for _, _, realm in results if realm is not None and realm.host.name not in hosts}
+        named = sorted(realms, key=str)
+        answers = await gatherResults([tokens.run(self._start_realm, realm) for realm in named])
+        return [*facts, *(answer for answer in answers if answer.error)], logins
+
+    def _start(self, registry: Registry) -> Deferred[tuple[RegistryFacts, LoginFacts | None, Registry | None]]:
+        return Deferred.fromCoroutine(self._examine(registry))
+
+    def _start_realm(self, realm: Registry) -> Deferred[RegistryFacts]:
+        async def examine() -> RegistryFacts:
+            examination = await self._agent.examine(realm, ANSWER_LIMIT, self._address_check)
+            return registry_facts(realm, examination, self._now())
+
+        return Deferred.fromCoroutine(examine())
+
+    async def _examine(self, registry: Registry) -> tuple[RegistryFacts, LoginFacts | None, Registry | None]:
+        examination = await self._agent.examine(registry, ANSWER_LIMIT)
+        facts = registry_facts(registry, examination, self._now())
+        response = examination.response
+        challenges = [] if response is None else parse_challenges(response.headers.all("www-authenticate"))
+        login = None if response is None else await self._examine_login(registry, challenges)
+        return facts, login, realm_of(challenges)
+
+    async def _examine_login(self, registry: Registry, challenges: Sequence[Challenge]) -> LoginFacts | None:
+        login = self._logins.configured_login(registry)
+        if login is None or not challenges:
+            return None
+        setting = self._logins.setting(registry)
+        for refused in self._refused_logins():
+            if refused["registry"] == str(registry):
+                return LoginFacts(name_of(registry), setting, refusal=str(refused["reason"]))
+        self._authorizer.add_challenges(registry, challenges)
+        work = Deferred.fromCoroutine(self._authorizer.refusal(registry, login))
+        work.addTimeout(ANSWER_LIMIT, self._reactor)
+        try:
+            return LoginFacts(name_of(registry), setting, refusal=await work or "")
+        except TimeoutError:
+            return LoginFacts(name_of(registry), setting, unknown=f"no answer within {ANSWER_LIMIT:g} s")
+        except RegistryError as error:
+            return LoginFacts(name_of(registry), setting, unknown=error.message)
+
+
+def registry_facts(registry: Registry, examination: Examination, now: float) -> RegistryFacts:
+    """Return the facts about a server that answered at `now`, or did not."""
+    name, response = name_of(registry), examination.response
+    if response is None:
+        reason = "" if examination.error is None else examination.error.message
+        reason = reason.removeprefix(f"{registry.host.authority}: ")
+        is_rejected = "certificate" in reason and examination.issuer
+        return RegistryFacts(name, f"{reason} (it is by {examination.issuer})" if is_rejected else reason)
+    headers, status = response.headers, response.status
+    problem = ""
+    if status >= 500:
+        problem = f"with the error {status}"
+    elif status >= 400 and not is_own_refusal(status, headers, examination.content):
+        problem = f"something before it refuses (status {status})"
+    elif status == 200 and is_page(headers):
+        problem = "with a web page in place of a registry's answer"
+    date = None if "age" in headers else parse_date(headers.get("date"))
+    offset = None if date is None else now - examination.seconds / 2 - (date + 0.5)  # it counts whole seconds
+    return RegistryFacts(name, "", examination.seconds, examination.issuer, problem, offset)
+
+
+def realm_of(challenges: Iterable[Challenge]) -> Registry | None:
+    """Return the server of the realm that a Bearer challenge names, or None."""
+    for challenge in challenges:
+        if challenge.scheme == "bearer":
+            try:
+                return split_url(challenge.parameters.get("realm", ""))[0]
+            except (ValueError, RegistryError):
+                return None
+    return None
+
+
+def parse_date(text: str | None) -> float | None:
+    """Return the POSIX time of a Date field, or None if it has none (RFC 9110, section 5.6.7)."""
+    try:
+        return None if text is None else parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
