@@ -67,6 +67,7 @@ from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.pull_gatherer import NEWS, PullGatherer, Row
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
@@ -131,6 +132,7 @@ class SharedServices:
     report_pull: Callable[[str, str], None]
     report_refusal: Callable[[str], None]
     logins: LoginProvider
+    record_pulls: Callable[[list[Row]], object]
     silent_servers: SilentServers
     tombstones: Tombstones
     board: Board
@@ -178,6 +180,7 @@ class ProxyServer:
     hosted_tree: HostedTree
     registry_disk: DiskAccess
     audit: AuditLog
+    pulls: PullGatherer | None
     pools: ThreadPools
     bounds: Sequence[Bound]
     """The bounds that `debug_report` shows."""
@@ -284,7 +287,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
     probes = build_write_probes(reactor, shared.state, disk)
     ready_handler = partial(handle_ready, lambda: probes[: 1 if rules.read_only else 2])
-    on_finished = partial(count_and_log, shared.metrics)
+    pulls = PullGatherer(reactor, shared.record_pulls) if settings.pull_history else None
+    if pulls is not None:
+        reactor.addSystemEventTrigger("during", "shutdown", pulls.flush)
+    on_finished = partial(count_and_log, shared.metrics, pulls)
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
 
@@ -377,6 +383,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_tree,
         disk,
         audit,
+        pulls,
         pools,
         [
             budgets.requests.shares,
@@ -560,14 +567,7 @@ def build_cache(
         logins=SharedLogins(
             authorizer, reactor.seconds, shared.report_login, shared.logins, shared=settings.share_auth_registries
         ),
-        freshness=Freshness(
-            settings.enable_manifest_cache,
-            settings.manifest_cache_primary_regex,
-            settings.manifest_cache_primary_time,
-            settings.manifest_cache_secondary_regex,
-            settings.manifest_cache_secondary_time,
-            settings.manifest_cache_default_time,
-        ),
+        freshness=build_freshness(settings),
         download_limits=DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         evicted_bytes=settings.cache_max_size // _HELD_PART // settings.workers,
     )
@@ -607,6 +607,18 @@ def build_fleet(
         )
     except FleetInvalid as error:
         raise SettingsError(f"{error}.") from None
+
+
+def build_freshness(settings: Settings) -> Freshness:
+    """Return the lifetimes of tags by ENABLE_MANIFEST_CACHE and the settings beside it."""
+    return Freshness(
+        settings.enable_manifest_cache,
+        settings.manifest_cache_primary_regex,
+        settings.manifest_cache_primary_time,
+        settings.manifest_cache_secondary_regex,
+        settings.manifest_cache_secondary_time,
+        settings.manifest_cache_default_time,
+    )
 
 
 def configure_logins(logins: SharedLogins, settings: Settings) -> None:
@@ -802,13 +814,15 @@ class RegistryMeter:
 _access_log = AccessLog()
 
 
-def count_and_log(metrics: Metrics, request: Request, seconds: float) -> None:
-    """Count a finished request in the metrics and log it."""
+def count_and_log(metrics: Metrics, pulls: PullGatherer | None, request: Request, seconds: float) -> None:
+    """Count a finished request in the metrics, gather it if it is part of a pull, and log it."""
     if request.because and request.status >= 400:
         metrics.count_refusal(request.because)
     metrics.count_request(
         request.registry, request.kind, request.cache_status, request.status, request.bytes_sent, request.latency
     )
+    if pulls is not None and (request.kind == "manifest" or request.cache_status in NEWS):
+        pulls.note(request)
     log_access(request, seconds)
 
 

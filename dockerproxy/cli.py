@@ -172,6 +172,15 @@ def _build_parser() -> argparse.ArgumentParser:
         "check", "maintenance:check", "verify the digest of every blob and move damaged ones to damaged/"
     )
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
+    why = add_command("why", "history:why", "say what would happen to a pull now, and what has happened, and why")
+    why.add_argument("name", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO")
+    why.add_argument("--platform", metavar="OS/ARCH", type=_name, help="show the contents for one platform only")
+    history = add_command(
+        "history", "history:history", "list pulls, with the client, the image and the outcome of each"
+    )
+    history.add_argument("name", nargs="?", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO")
+    history.add_argument("--since", type=_duration, metavar="TIME", help="all pulls within TIME, such as 1h or 7d")
+    history.add_argument("--client", metavar="ADDRESS", help="the pulls of one client only")
     add_command("status", "status:status", "show the state of the daemon; the exit status is 1 if something is bad")
     add_command(
         "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"

@@ -61,6 +61,11 @@ def positive_duration(text: str) -> float:
     return seconds
 
 
+def history(text: str) -> float:
+    """Parse a `positive_duration`, or ``off``, for which it returns 0."""
+    return 0.0 if text.lower() == "off" else positive_duration(text)
+
+
 def size(text: str) -> int:
     """Parse ``512m``, ``32g`` or plain bytes. Return bytes. Units are powers of 1024, as in nginx."""
     match = _SIZE.fullmatch(text)

@@ -128,6 +128,7 @@ class Settings:
     allow_delete: bool = _setting(parsers.boolean, "true")
     allow_sparse_indexes: bool = _setting(parsers.boolean, "false")
     workers: int = _derived()
+    pull_history: float = _setting(parsers.history, "30d")
     log_format: str = _setting(parsers.one_of("text", "json"), "text")
 
     warnings: tuple[str, ...] = _derived()

@@ -16,23 +16,35 @@ from twisted.python import usage
 from dockerproxy import __version__
 from dockerproxy.admin.api import ControlAPI
 from dockerproxy.admin.configuration import ConfigurationHandlers
-from dockerproxy.admin.control import Control, ControlHandler, DaemonFacts, DebugReport, UserName, local_user_name
+from dockerproxy.admin.control import (
+    Control,
+    ControlHandler,
+    DaemonFacts,
+    DebugReport,
+    PullCounter,
+    UserName,
+    local_user_name,
+)
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.diagnosis import handle_doctor
+from dockerproxy.admin.history import HistoryHandlers
 from dockerproxy.admin.operations import OperationHistory, Operations
 from dockerproxy.admin.overview import LocalOverview, OverviewSources
 from dockerproxy.admin.pulls import PullService
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.admin.summary import Summaries
+from dockerproxy.admin.why import Explainer
 from dockerproxy.app import (
     ProxyServer,
     SharedServices,
+    build_freshness,
     build_server,
     build_silent_servers,
     build_site,
     log_access,
     open_certificates,
 )
+from dockerproxy.cache.access import Access
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.image_budget import PullBudget
@@ -40,7 +52,7 @@ from dockerproxy.cache.image_pull import ImagePuller
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
-from dockerproxy.cache.rate_limits import stored_limits
+from dockerproxy.cache.rate_limits import RateLimits, stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
@@ -64,9 +76,12 @@ from dockerproxy.registry.principal import Principal
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.daily_pulls import DailyPulls
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.journal import BackgroundJournal
 from dockerproxy.store.local_hosted_store import upload_purge_service
+from dockerproxy.store.pull_history import PullHistory, PullHistoryService
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.store.tombstones import Tombstones, TombstoneService
 from dockerproxy.terminal import format_size
@@ -144,6 +159,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     pull_counts, bindings = PullCounts(time.time), Bindings()
     refusing_clients = RefusingClients(time.time)
     shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts, refusing_clients)
+    pull_history = PullHistory(str(settings.state_dir / "history"), settings.pull_history)
+    recorder = BackgroundJournal(reactor, pull_history)
+    reactor.addSystemEventTrigger("after", "shutdown", recorder.flush)
+    shared_state.record_pull = recorder.append
     forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
@@ -153,7 +172,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
-    overview = build_overview(reactor, settings, state, server, shared, history)
+    overview = build_overview(reactor, settings, state, server, shared, history, pull_history.counts)
     overview.sources.idle_age = tombstones.get_last_idle
     overview.sources.problems = partial(describe_outages, registry_states)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
@@ -180,6 +199,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
+    explainer = build_explainer(settings, state, server, tombstones, pull_history)
     reloader = Reloader(read, apply, configuration, server.registries, notifier, server.audit, report_reload)
     configuration_handlers = ConfigurationHandlers(
         lambda: report_configuration(reloader), partial(reload_for_command, reloader)
@@ -193,6 +213,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
         cache_space.service(),
         TombstoneService(reactor, tombstones, tombstone_file),
+        PullHistoryService(reactor, pull_history),
         server.gauge_service(),
         HistoryService(reactor, history),
         upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
@@ -220,7 +241,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
                 **ControlAPI(shared.overview, server.live).handlers,
                 **pulls.handlers,
                 ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
+                **HistoryHandlers(reactor, pull_history, explainer, time.time).handlers,
             },
+            pull_history.counts.pulls,
             overview.sources,
         ),
         DebugSignalService(reactor, report),
@@ -489,16 +512,19 @@ def build_overview(
     server: ProxyServer,
     shared: SharedServices,
     history: History,
+    pull_counts: DailyPulls,
 ) -> LocalOverview:
     """Build what answers the page, the API and the command."""
     stores = [StoreView(CACHED, state.cache), StoreView(HOSTED, state.registry)]
     records = state.open_records()
+    summaries = Summaries(reactor, stores, server.registry_disk, records)
+    summaries.load_pulls = pull_counts.pulls
     return LocalOverview(
         reactor,
         server.metrics,
         shared.board,
         history,
-        Summaries(reactor, stores, server.registry_disk, records),
+        summaries,
         stores,
         records,
         server.registry_disk,
@@ -519,6 +545,30 @@ def describe_outages(states: RegistryStates) -> dict[str, str]:
         )
         for outage in states.report_list()
     }
+
+
+def build_explainer(
+    settings: Settings,
+    state: StateDirectory,
+    server: ProxyServer,
+    tombstones: Tombstones,
+    pull_history: PullHistory,
+) -> Explainer:
+    """Build what answers `dockerproxy why`."""
+    records = state.open_records()
+    stores = [StoreView(HOSTED, server.hosted_tree.layout), StoreView(CACHED, state.cache)]
+    return Explainer(
+        ImageResolver(stores, frozenset(settings.registry_hostname)),
+        stores[1],
+        server.registries.mirrored,
+        records,
+        Access(records, time.time),
+        RateLimits(records, time.time),
+        build_freshness(settings),
+        tombstones,
+        pull_history,
+        time.time,
+    )
 
 
 def build_pulls(
@@ -547,6 +597,7 @@ def build_control_socket(
     facts: DaemonFacts,
     user_name: UserName,
     handlers: Mapping[tuple[str, str], ControlHandler],
+    pulls: PullCounter,
     sources: OverviewSources,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`.
@@ -569,6 +620,7 @@ def build_control_socket(
         user_name,
         time.time,
         handlers,
+        pulls,
     )
     sources.status = control.status
     site = build_site(reactor, settings, control.handle, on_finished=log_access)

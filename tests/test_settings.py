@@ -62,6 +62,8 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert defaults.auth_registries == {}
     assert defaults.cache_max_size == 32 * 1024**3
     assert defaults.cache_inactive == 60 * 86400
+    assert defaults.pull_history == 30 * 86400
+    assert Settings.from_environment({"PULL_HISTORY": "OFF"}).pull_history == 0
     assert (defaults.allow_push, defaults.enable_manifest_cache, defaults.verify_ssl, defaults.disable_ipv6) == (
         False,
         False,
@@ -637,6 +639,8 @@ INVALID = [
     ("ALLOW_SPARSE_INDEXES", "2", "'2' is "),
     ("WORKERS", "0", "'0' is not a number from 1 to 64"),
     ("WORKERS", "two", "'two' is not a number from 1 to 64"),
+    ("PULL_HISTORY", "none", "'none' is not a time such as 90s, 10m, 1h or 60d"),
+    ("PULL_HISTORY", "0", "'0' is not allowed; use a time greater than zero"),
     ("LOG_FORMAT", "xml", "'xml' is not one of text, json"),
     ("STATE_DIR", "a\0b", "'a\\x00b' is not a path"),
     ("CA_KEY_PASSPHRASE", "\udce4SECRET", "is not UTF-8 text"),

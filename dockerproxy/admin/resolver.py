@@ -105,7 +105,7 @@ class ImageResolver:
 
         Raise `NotFound`, or `InvalidArgument` if `text` is malformed or ambiguous.
         """
-        path, tag, digest = _parse_name(text)
+        path, tag, digest = parse_name(text)
         matches = [
             (store, repository)
             for store in self.stores
@@ -194,7 +194,8 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
-def _parse_name(text: str) -> tuple[str, str | None, Digest | None]:
+def parse_name(text: str) -> tuple[str, str | None, Digest | None]:
+    """Return the repository, the tag and the digest in `text`. Raise `InvalidArgument`."""
     name, at, encoded = text.partition("@")
     digest = None
     if at:

@@ -112,6 +112,21 @@ def is_public_entry(record_key: str) -> bool:
     return not record_key.startswith(_PRIVATE_PREFIX)
 
 
+def tag_entries(records: Records, key: str, tag: str) -> list[TagEntry]:
+    """Return the entries of a tag of the repository `key`, the newest first."""
+    entries = []
+    for name, entry in (records.get("tag", key, tag) or {}).items():
+        public, name = not name.startswith(_PRIVATE_PREFIX), name.removeprefix(_PRIVATE_PREFIX)
+        claimed, accept = name.startswith(_CLAIMED_PREFIX), name.removeprefix(_CLAIMED_PREFIX)
+        try:
+            digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
+            relayed = entry.get("relayed") is True
+            entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed, relayed))
+        except (DigestInvalid, KeyError, TypeError, ValueError):
+            continue  # ignore a damaged entry; upstream is asked again
+    return sorted(entries, key=lambda entry: -entry.checked_at)
+
+
 @frozen
 class _Loaded:
     """A stored manifest. It is public if upstream has sent it to a client without a credential."""
@@ -631,18 +646,7 @@ class CachedManifests:
             self._on_stored(digest, len(content), principal.client, str(principal.repository.registry.host))
 
     def _tag_entries(self, key: str, tag: Tag) -> list[TagEntry]:
-        """Return the entries of a tag, the newest first."""
-        entries = []
-        for name, entry in (self._records.get("tag", key, tag) or {}).items():
-            public, name = not name.startswith(_PRIVATE_PREFIX), name.removeprefix(_PRIVATE_PREFIX)
-            claimed, accept = name.startswith(_CLAIMED_PREFIX), name.removeprefix(_CLAIMED_PREFIX)
-            try:
-                digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
-                relayed = entry.get("relayed") is True
-                entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed, relayed))
-            except (DigestInvalid, KeyError, TypeError, ValueError):
-                continue  # ignore a damaged entry; upstream is asked again
-        return sorted(entries, key=lambda entry: -entry.checked_at)
+        return tag_entries(self._records, key, tag)
 
     def _record_tag(
         self,

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from attrs import define, field, frozen
 from twisted.logger import Logger
@@ -175,12 +175,21 @@ class Journal:
             os.close(fd)
 
 
+class Appendable(Protocol):
+    """A `Journal`, or what keeps one."""
+
+    @property
+    def path(self) -> str: ...
+
+    def append(self, entries: Sequence[Entry]) -> None: ...
+
+
 @define(eq=False)
 class BackgroundJournal:
     """Appends to a journal in a thread. A disk that is full, or hangs, fails nothing and is logged once."""
 
     _reactor: Any
-    journal: Journal
+    journal: Appendable
     _waiting: deque[Entry] = field(factory=deque, init=False)
     _is_writing: bool = field(default=False, init=False)
     _lost: int = field(default=0, init=False)

@@ -31,6 +31,8 @@ class Coordinator(CacheSpace, Protocol):
 
     async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None: ...
 
+    def record_pulls(self, rows: list[dict[str, Any]]) -> None: ...
+
     def report_login(self, registry: str, setting: str, reason: str) -> None: ...
 
     def report_pull(self, registry: str, repository: str) -> None: ...
@@ -62,6 +64,7 @@ class SharedState:
     logins: LocalLoginProvider
     pull_counts: PullCounts
     refusing_clients: RefusingClients
+    record_pull: Callable[[dict[str, Any]], object] = lambda row: None
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
     doctor_report: Callable[[bool], Awaitable[dict[str, Any]]] | None = None  # once the daemon has been built
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
@@ -153,6 +156,11 @@ class LocalCoordinator(Coordinator):
         provided = await self.get_login(host, refused, client)
         return None if provided is None else [provided.setting, *login_values(provided.login)]
 
+    def record_pulls(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows to the history of pulls, if there is one."""
+        for row in rows:
+            self._shared.record_pull(row)
+
     def report_login(self, registry: str, setting: str, reason: str) -> None:
         """Record that a login is refused, or works again; see `EndedLogins.report`."""
         self._shared.ended_logins.report(registry, setting, reason)
@@ -219,6 +227,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "lock": (str, int),
     "unlock": (int,),
     "get_login_values": (Host.parse, parse_login, str),
+    "record_pulls": (list,),
     "report_login": (str, str, str),
     "get_overview": (str, list, dict),
     "report_pull": (str, str),

@@ -85,6 +85,7 @@ class ForkedState:
             coordinator.report_pull,
             coordinator.report_refusal,
             coordinator,
+            coordinator.record_pulls,
             silent_servers,
             self.tombstones,
             self.board,
@@ -169,6 +170,8 @@ class WorkerProcess:
         return self._listener_service.stopService().addBoth(self._mark_ended)
 
     def _mark_ended(self, result: object) -> object:
+        if self._server.pulls is not None:
+            self._server.pulls.flush()
         self._ended = True
         return result
 

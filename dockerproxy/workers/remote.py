@@ -86,6 +86,10 @@ class RemoteCoordinator(Coordinator):
         login = None if answer is None else parse_login(answer[1:])
         return None if login is None else ProvidedLogin(login, str(answer[0]))
 
+    def record_pulls(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows to the history of pulls."""
+        self._rpc.hint("record_pulls", rows)
+
     def report_login(self, registry: str, setting: str, reason: str) -> None:
         """Report a login that is refused, or works again."""
         self._rpc.hint("report_login", registry, setting, reason)

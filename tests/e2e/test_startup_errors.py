@@ -32,6 +32,7 @@ INVALID_SETTINGS = {
     "UPSTREAM_CA_FILE": "/nonexistent/ca.pem",
     "MANIFEST_CACHE_PRIMARY_REGEX": "(unclosed",
     "LOG_FORMAT": "xml",
+    "PULL_HISTORY": "always",
     "CA_CRT_FILE": "/nonexistent/ca.crt",
     "KEEPALIVE_TIMEOUT": "soon",
     "WORKERS": "0",

@@ -1,0 +1,90 @@
+"""The history of pulls: its rows, which PULL_HISTORY keeps for some days, and the counts of each day."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from attrs import define, field
+from twisted.application.internet import TimerService
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.store.daily_pulls import DailyPulls
+from dockerproxy.store.journal import Entry, Journal
+
+_MAX_BYTES = 16 * 1024 * 1024  # of each of two generations; about 45,000 rows
+_CLEAN_INTERVAL = 3600.0  # seconds
+
+log = Logger()
+
+
+@define(eq=False)
+class PullHistory:
+    """The history in `directory`. Its methods block. `lifetime` are the seconds for which rows are kept; 0 is off."""
+
+    directory: str
+    lifetime: float
+    _clock: Callable[[], float] = time.time
+    counts: DailyPulls = field(init=False)
+    _journal: Journal = field(init=False)
+
+    @counts.default
+    def _make_counts(self) -> DailyPulls:
+        return DailyPulls(self.directory, self._clock)
+
+    @_journal.default
+    def _make_journal(self) -> Journal:
+        return Journal(f"{self.directory}/pulls.jsonl", "pulls", _MAX_BYTES)
+
+    @property
+    def path(self) -> str:
+        """The path of the file with the rows."""
+        return self._journal.path
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Add rows. Raise OSError."""
+        self._journal.append(entries)
+        # The names of hosted and cached repositories may be the same.
+        names = ("hosted/" if row["where"] == "hosted" else "" for row in entries)
+        pairs = zip(names, entries, strict=True)
+        self.counts.add((name + row["repository"], row["client"], row["pulls"]) for name, row in pairs if row["pulls"])
+
+    def read(self, since: float = 0.0, needle: str = "") -> Iterator[dict[str, Any]]:
+        """Yield the rows since a POSIX time that contain the text `needle`, the newest first."""
+        oldest, wanted = _format(max(since, self._clock() - self.lifetime)), needle.encode("ascii", "replace")
+        for row in self._journal.read_backwards(lambda line: wanted in line):
+            if str(row.get("time")) < oldest:
+                return
+            yield row
+
+    def clean(self) -> None:
+        """Remove what is too old; or everything, if the history is off."""
+        try:
+            if not self.lifetime:
+                if self._journal.remove():
+                    log.info("{path} is deleted, because PULL_HISTORY is off", path=self.path)
+                self.counts.remove()
+                return
+            oldest = _format(self._clock() - self.lifetime)
+            self._journal.drop(lambda row: str(row.get("time")) < oldest)
+            self.counts.drop_old()
+        except OSError as error:
+            log.error("old rows of {path} cannot be removed: {reason}", path=self.path, reason=error.strerror)
+
+
+class PullHistoryService(TimerService):
+    """Cleans the history at the start, and each hour."""
+
+    def __init__(self, reactor: Any, history: PullHistory) -> None:
+        def clean() -> Deferred[None]:
+            return spawn(in_thread(reactor, history.clean), "cleaning the history of pulls")
+
+        super().__init__(_CLEAN_INTERVAL, clean)  # type: ignore[no-untyped-call]
+        self.clock = reactor
+
+
+def _format(timestamp: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(max(timestamp, 0)))
