@@ -19,7 +19,7 @@ def config(client: ControlClient, options: argparse.Namespace, terminal: Termina
         print_line(json.dumps(result))
         return 0
     print_table(
-        ("SETTING", "VALUE", "FROM"), [(row["name"], row["value"] or "-", _source(row)) for row in result["settings"]]
+        ("SETTING", "VALUE", "FROM"), [(row["name"], _value(row["value"]), _source(row)) for row in result["settings"]]
     )
     for row in result["settings"]:
         if row["pending"] is not None:
@@ -27,6 +27,10 @@ def config(client: ControlClient, options: argparse.Namespace, terminal: Termina
     for warning in result["warnings"]:
         print_line(warning)
     return 0
+
+
+def _value(text: str) -> str:
+    return text if text.strip() else repr(text) if text else "-"
 
 
 def _source(row: dict[str, Any]) -> str:

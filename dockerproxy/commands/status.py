@@ -28,10 +28,11 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
     """Show the state of the daemon. The exit status is 1 if something is bad."""
     facts = client.call("GET", "/v1/status", None)
     overview = client.call("GET", "/v1/overview?range=24h", None)
-    notices = [*overview["notices"], *_disk_notices(facts["shelves"])]
-    level = PROBLEMS if any(notice["level"] == _BAD for notice in notices) else 0
+    report = client.call("GET", "/v1/doctor?quick=1", None)
+    disk_fails = any("error" in store for store in facts["shelves"].values())
+    level = PROBLEMS if disk_fails or report["level"] == _BAD else 0
     if terminal.as_json:
-        print_line(json.dumps({**facts, "overview": overview, "notices": notices}))
+        print_line(json.dumps({**facts, "overview": overview, "doctor": report}))
         return level
     for line in _format_daemon(facts):
         print_line(line)
@@ -48,17 +49,12 @@ def status(client: ControlClient, options: argparse.Namespace, terminal: Termina
     ):
         print_line(line)
     print_refused_logins(facts["refused_logins"])
-    for notice in notices:
-        print_line(f"{notice['level']}: {notice['text']}")
+    findings = [finding for finding in report["findings"] if finding["level"] != "ok"]
+    for finding in findings:
+        print_line(f"{finding['level']}: {finding['sentence']}")
+    if findings:
+        print_line("`dockerproxy doctor` looks closer, and says what to do")
     return level
-
-
-def _disk_notices(stores: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"level": _BAD, "registry": None, "text": f"{store['directory']}: {store['error']}"}
-        for store in stores.values()
-        if "error" in store
-    ]
 
 
 def _format_daemon(facts: dict[str, Any]) -> Iterator[str]:
@@ -122,7 +118,8 @@ def _format_stores(facts: dict[str, Any]) -> Iterator[str]:
         free = "" if store["free"] is None else f", {format_size(store['free'])} free"
         usage = f", {format_size(cache['bytes'])} of {format_size(cache['limit'])} used" if kind == "cached" else ""
         file_system = f" on {store['file_system']}" if store["file_system"] else ""
-        yield f"{kind} in {store['directory']}{file_system}{usage}{free}"
+        error = f": {store['error']}" if "error" in store else ""
+        yield f"{kind} in {store['directory']}{file_system}{error}{usage}{free}"
 
 
 def _format_ca(ca: dict[str, Any]) -> Iterator[str]:

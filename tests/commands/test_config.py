@@ -22,17 +22,19 @@ SETTINGS = [
     setting("AUTH_REGISTRIES", "quay.io:***", "credential", "docker-registry-proxy.auth_registries", reload=True),
     setting("CACHE_MAX_SIZE", "32g", pending="64g"),
     setting("HTPASSWD_FILE", ""),
+    setting("AUTH_REGISTRIES_DELIMITER", " "),
     setting("UPSTREAM_PROXY", "http://***@proxy:3128", "environment", "HTTPS_PROXY"),
     setting("WORKERS", "4", "environment", "WORKERS"),
 ]
 CONFIG = """\
-SETTING          VALUE                  FROM
-REGISTRIES       quay.io ghcr.io        /etc/docker-registry-proxy/environment, line 12
-AUTH_REGISTRIES  quay.io:***            credential (docker-registry-proxy.auth_registries)
-CACHE_MAX_SIZE   32g                    default
-HTPASSWD_FILE    -                      default
-UPSTREAM_PROXY   http://***@proxy:3128  environment (HTTPS_PROXY)
-WORKERS          4                      environment
+SETTING                    VALUE                  FROM
+REGISTRIES                 quay.io ghcr.io        /etc/docker-registry-proxy/environment, line 12
+AUTH_REGISTRIES            quay.io:***            credential (docker-registry-proxy.auth_registries)
+CACHE_MAX_SIZE             32g                    default
+HTPASSWD_FILE              -                      default
+AUTH_REGISTRIES_DELIMITER  ' '                    default
+UPSTREAM_PROXY             http://***@proxy:3128  environment (HTTPS_PROXY)
+WORKERS                    4                      environment
 CACHE_MAX_SIZE is 64g now; restart the daemon to apply it
 REGISTRIE is not a setting and has no effect.
 """

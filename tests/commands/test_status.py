@@ -53,10 +53,20 @@ def facts(daemon: ControlSocketStub) -> dict[str, Any]:
 
 
 @pytest.fixture
-def overview(daemon: ControlSocketStub) -> dict[str, Any]:
+def doctor(daemon: ControlSocketStub) -> dict[str, Any]:
+    answer: dict[str, Any] = {"level": "ok", "findings": [finding("ok", "all ports are open")]}
+    daemon.answers["GET /v1/doctor"] = answer
+    return answer
+
+
+def finding(level: str, sentence: str) -> dict[str, Any]:
+    return {"check": "x", "subject": "", "level": level, "sentence": sentence, "advice": "", "public": False}
+
+
+@pytest.fixture
+def overview(daemon: ControlSocketStub, doctor: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "day": {"requests": 12345, "served": 6 * 10**12, "saved": 5 * 10**12, "ratio": 0.83, "errors": 1},
-        "notices": [],
         "registries": [
             registry("docker.io", budget=limit()),
             registry("quay.io", up=False, problem="does not answer: connection timed out", p95=1.26),
@@ -91,23 +101,29 @@ def test_status(facts: dict[str, Any], overview: dict[str, Any], run: Run) -> No
     assert run("status") == (0, STATUS, "")
 
 
-def test_something_is_bad(facts: dict[str, Any], overview: dict[str, Any], run: Run) -> None:
-    overview["notices"] = [{"level": "warn", "registry": None, "text": "the CA ends soon"}]
+def test_something_is_bad(
+    facts: dict[str, Any], overview: dict[str, Any], doctor: dict[str, Any], run: Run, daemon: ControlSocketStub
+) -> None:
+    doctor |= {"level": "warn", "findings": [finding("warn", "the CA ends soon")]}
     assert run("status")[0] == 0
-    overview["notices"].append({"level": "bad", "registry": "quay.io", "text": "quay.io does not answer\x1b[2J"})
+    assert daemon.requests[-1] == ("GET /v1/doctor?quick=1", None), "a full run asks registries, which takes seconds"
+    doctor["level"] = "bad"
+    doctor["findings"].insert(0, finding("bad", "quay.io does not answer\x1b[2J"))
     status, output, _ = run("status")
     assert status == 1
-    assert output.endswith("idle\nwarn: the CA ends soon\nbad: quay.io does not answer\\x1b[2J\n")
+    assert output.endswith(
+        "idle\nbad: quay.io does not answer\\x1b[2J\nwarn: the CA ends soon\n"
+        "`dockerproxy doctor` looks closer, and says what to do\n"
+    )
     status, output, _ = run("--json", "status")
-    assert (status, json.loads(output)["notices"]) == (1, overview["notices"])
+    assert (status, json.loads(output)["doctor"]) == (1, doctor)
 
 
 def test_a_disk_that_fails_is_bad(facts: dict[str, Any], overview: dict[str, Any], run: Run) -> None:
     facts["shelves"]["hosted"] |= {"free": None, "error": "REGISTRY_DIR has not answered within 2 s"}
     status, output, _ = run("status")
     assert status == 1
-    assert "hosted in /srv/registry on nfs4\n" in output
-    assert output.endswith("bad: /srv/registry: REGISTRY_DIR has not answered within 2 s\n")
+    assert "hosted in /srv/registry on nfs4: REGISTRY_DIR has not answered within 2 s\n" in output
 
 
 def test_the_operation_and_refused_logins(facts: dict[str, Any], overview: dict[str, Any], run: Run) -> None:
