@@ -813,3 +813,12 @@ def test_overridden_env_file_line_gives_a_warning() -> None:
     assert settings.warnings == (
         "PROXY_LISTEN in the .env file has no effect, because the environment sets it to another value.",
     )
+
+
+def test_the_reserve_of_pulls() -> None:
+    assert settings().rate_reserve == 20
+    assert [settings(RATE_RESERVE=text).rate_reserve for text in ("0", "0%", "35 %", "100%")] == [0, 0, 35, 100]
+    for text in ("-1", "101%", "20.5", "half", "%", "0x1", "\u0663%", "1000"):
+        with pytest.raises(SettingsError, match=r"RATE_RESERVE: .* is not a percentage from 0% to 100%, such as 20%\."):
+            settings(RATE_RESERVE=text)
+    assert settings(PIN_FILE="pins").pin_file == Path("pins").absolute() and settings().pin_file is None

@@ -196,6 +196,10 @@ class PullService(Service):
             "error": pin.error,
         }
 
+    def _images_with_missing(self) -> set[ImageName]:
+        """Return the pinned images of which something is not here, such as after `rm`. Blocks."""
+        return {pin.image for pin in self._pins if not all(map(self._blobs.exists, pin.contents))}
+
     def _rows_with_missing(self) -> list[dict[str, Any]]:
         rows = []
         for pin in sorted(self._pins, key=lambda pin: str(pin.image)):
@@ -294,15 +298,18 @@ class PullService(Service):
         await self._puller.fetch_manifests(pull)
         await self._keep_contents(pull)
         await self._puller.fetch_blobs(pull)
-        if pull.request.referrers:
+        if pull.request.referrers and not pull.is_stale:
             await self._puller.fetch_referrers(pull)
             await self._keep_contents(pull)
             await self._puller.fetch_blobs(pull)
-        if self._pin_of(pull) is not None:
+        pin = self._pin_of(pull)
+        if pin is not None:
+            # Without a complete answer, what was kept stays, and the registry is asked again soon.
+            contents = {**pin.contents, **pull.contents} if pull.message else dict(pull.contents)
+            refreshed = pin.refreshed if pull.is_stale else self._clock()
             await self._pins.update(
-                pull.request.image,
-                contents=dict(pull.contents), digest=pull.digest, refreshed=self._clock(), error="",
-            )  # fmt: skip
+                pin.image, contents=contents, digest=pull.digest, refreshed=refreshed, error=pull.message[:1000]
+            )
 
     def _pin_of(self, pull: ImagePull) -> Pin | None:
         """Return the pin that a pull is for. Another pull of the same image, such as for one platform, changes none."""
@@ -376,7 +383,9 @@ class PullService(Service):
     async def _handle_refresh(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         arguments = parse_body(await request.read_all(MAX_BODY), REFRESH)
         await self._read_pin_file()
-        due = [pin for pin in self._pins if arguments.get("all", False) or pin.is_due(self._clock())]
+        every, now = arguments.get("all", False), self._clock()
+        missing = await in_thread(self._reactor, self._images_with_missing)
+        due = [pin for pin in self._pins if every or pin.is_due(now) or pin.image in missing]
         for problem in self._problems:
             response.send("problem", message=problem)
         await self._pull(self._orders_of(due), response)

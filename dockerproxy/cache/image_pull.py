@@ -23,6 +23,7 @@ from dockerproxy.concurrency import current_client, in_thread
 from dockerproxy.errors import (
     InsufficientStorage,
     ManifestInvalid,
+    ManifestUnknown,
     NameInvalid,
     NameUnknown,
     RegistryError,
@@ -98,6 +99,8 @@ class ImagePull:
     registry: Registry
     state: PullState = PullState.QUEUED
     message: str = ""
+    is_stale: bool = False
+    """Whether the registry could not be asked, so that this is what was cached before."""
     digest: Digest | None = None
     media_type: str = ""
     contents: dict[Digest, int] = field(factory=dict)
@@ -176,7 +179,8 @@ class ImagePuller:
         async with self._slot(self._request_slots):
             manifest = await self._view(pull).manifest(image.repository, image.reference, _ACCEPT, head=True)
         pull.digest, pull.media_type = manifest.digest, manifest.media_type
-        if manifest.cache_status == "STALE":
+        pull.is_stale = manifest.cache_status == "STALE"
+        if pull.is_stale:
             pull.message = f"what is cached stays, because {manifest.because}"
 
     async def estimate(self, pull: ImagePull) -> Estimate:
@@ -349,7 +353,7 @@ class ImagePuller:
             try:
                 tag = parse_tag(f"{digest.algorithm}-{digest.hex}{suffix}")
                 await self._add_tree(pull, await self._manifest(pull, tag), 1)
-            except UpstreamRefused:
+            except (UpstreamRefused, ManifestUnknown):
                 continue  # there is none, which the cache remembers for outages
             except RegistryError as error:
                 pull.message = f"its signatures were not fetched: {error.message}"

@@ -40,7 +40,11 @@ class JanitorHarness:
         self.blobs = Blobs(self.layout, durable=False)
         self.links = Links(self.layout, False, self.now)
         self.restart()
-        self.janitor = Janitor(self.layout, Records(root / "records"), self.now)
+        self.pinned: set[tuple[str, str | None]] = set()
+        self.janitor = Janitor(self.layout, Records(root / "records"), self.now, None, self.is_pinned)
+
+    def is_pinned(self, repository: str, name: str | None) -> bool:
+        return (repository, name) in self.pinned
 
     def restart(self) -> None:
         self.records = Records(self.root / "records")
@@ -118,6 +122,19 @@ def test_an_image_in_the_cache_stays(harness: JanitorHarness) -> None:
     harness.clean()
     assert harness.files == before
     assert harness.is_complete(REPOSITORY, "1.0", digest)
+
+
+def test_a_pinned_image_stays_however_many_others_there_are(harness: JanitorHarness) -> None:
+    """Without its links and records, it would not be served while the registry does not answer."""
+    digest = harness.pull(REPOSITORY, "1.0")
+    layer = str(Digest.of(b"layer"))
+    harness.pinned = {(REPOSITORY, name) for name in (None, "1.0", str(digest), layer)}
+    others = [harness.pull(REPOSITORY, f"2.{number}", b"%d" % number) for number in range(20)]
+    harness.offset += 10 * DAY
+    harness.clean(max_inodes=1)
+    assert harness.is_complete(REPOSITORY, "1.0", digest)
+    assert harness.links.has_layer(REPOSITORY, Digest.of(b"layer"))
+    assert not any(harness.links.has_manifest(REPOSITORY, other) for other in others)
 
 
 def test_former_manifests_of_a_tag_go(harness: JanitorHarness) -> None:

@@ -308,7 +308,7 @@ def test_what_is_pinned_stays_when_the_cache_is_full(upstreams: Upstreams, start
                 assert daemon.client.get(f"{FAKE}/v2/pinned/other/blobs/{digest}").status == 200
 
     fill()
-    daemon.restart(kill=True)  # it does not know yet what is on the disk
+    daemon.restart(kill=True)  # before it has read the disk
     fill()
     upstreams.fake.requests.clear()
     with upstream_gone(upstreams):
@@ -599,3 +599,65 @@ def test_clients_that_try_again_within_retry_after(upstreams: Upstreams, start_d
     assert statuses == [429] * 500
     assert len(upstreams.fake.find_requests("GET", "/v2/retried/app/manifests/v1")) <= 2
     assert budget.remaining == 0
+
+
+def test_bars_on_a_terminal(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    upstreams.fake.put("pulled/bars", "v1", images.build_small_image("bars", size=1000))
+    arguments = ["pull", "fake.test/pulled/bars:v1", "fake.test/pulled/none:v1"]
+    controller, terminal = os.openpty()
+    argv = [sys.executable, "-m", "dockerproxy.cli", *arguments, "--socket"]
+    environment = {**daemon.environment, "TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [*argv, str(daemon.state_folder / "run/control.sock")],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=environment,
+    )  # fmt: skip
+    os.close(terminal)
+    output = b""
+    while chunk := read_terminal(controller):
+        output += chunk
+    os.close(controller)
+    assert process.wait(60) == 1
+    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", output).decode()
+    assert re.search(r"fake\.test/pulled/bars:v1 .*━━━.* done", text)
+    assert "failed: fake.test has no pulled/none:v1" in text
+    assert "1 of 2 images here" in text
+
+
+def read_terminal(controller: int) -> bytes:
+    """Return the output of a program to its terminal; nothing after its end."""
+    try:
+        return os.read(controller, 65536)
+    except OSError:  # EIO: the other end is closed
+        return b""
+
+
+def test_an_outage_leaves_a_pin_as_it_is(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    upstreams.fake.put("pinned/outage", "v1", images.build_small_image("outage", size=1000))
+    run_well(daemon, "pin", "fake.test/pinned/outage:v1")
+    (before,) = json.loads(run_well(daemon, "pins", "--json"))["pins"]
+    with upstream_gone(upstreams):
+        run(daemon, "pins", "--refresh", "--all")
+        assert run(daemon, "pins", "--missing").status == 1
+    (row,) = json.loads(run_well(daemon, "pins", "--json"))["pins"]
+    assert (row["refreshed"], row["missing"], row["digest"]) == (before["refreshed"], 0, before["digest"])
+    assert "what is cached stays, because fake.test answered 503" in row["error"]
+    # An image that `rm` has removed comes back with the next refresh, although it is not time for one.
+    run_well(daemon, "pins", "--refresh", "--all")
+    run_well(daemon, "rm", "fake.test/pinned/outage")
+    assert run(daemon, "pins", "--missing").status == 1
+    run_well(daemon, "pins", "--refresh")
+    assert run(daemon, "pins", "--missing").status == 0
+
+
+def test_signatures_come_with_a_pin(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    image = images.build_small_image("signed", size=1000)
+    upstreams.fake.put("pinned/signed", "v1", image)
+    signature = images.build_small_image("signature", size=100, layers=1)
+    upstreams.fake.put("pinned/signed", f"{image.digest.replace(':', '-')}.sig", signature)
+    run_well(daemon, "pin", "fake.test/pinned/signed:v1")
+    assert set(fetched_blobs(upstreams, "pinned/signed")) == digests(image) | digests(signature)
+    (row,) = json.loads(run_well(daemon, "pins", "--json"))["pins"]
+    assert row["contents"] == len(image.blobs) + 1 + len(signature.blobs) + 1
