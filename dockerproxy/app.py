@@ -18,8 +18,10 @@ from twisted.internet.defer import Deferred, TimeoutError
 from dockerproxy import __version__
 from dockerproxy.admin.api import API, API_PREFIX, api_shares
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
+from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.live import LiveFeed
 from dockerproxy.admin.overview import Overview
+from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
@@ -316,10 +318,11 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         registries.mirrored,
         hosted_store.has_repository,
     )
+    records = shared.state.open_records()
+    places = LayerPlaces(reactor, StoreView(CACHED, shared.state.cache), records, reactor.seconds)
     live = LiveFeed(
-        reactor, shared.board, shared.board_part, shared.metrics, shared.state.open_records(), shared.cache_space.usage,
-        time.time,
-    )  # fmt: skip
+        reactor, shared.board, shared.board_part, shared.metrics, records, places, shared.cache_space.usage, time.time
+    )
     api_requests = api_shares()
     api_handler = API(shared.overview, live, partial(anonymous_viewer, hosted_app), api_requests)
     api_pages: dict[str, Handler] = {API_PREFIX: api_handler.handle}

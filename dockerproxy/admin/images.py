@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
-from dockerproxy.admin.inventory import Closure, DiskUsage
+from dockerproxy.admin.inventory import DiskUsage
 from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.manifests import is_public_entry
 from dockerproxy.errors import DigestInvalid, ManifestInvalid, NameUnknown
-from dockerproxy.oci.manifests import INDEX_TYPES, MAX_MANIFEST, Descriptor, Manifest, parse_manifest
+from dockerproxy.oci.manifests import INDEX_TYPES, Descriptor, Manifest, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.platforms import index_platforms
 from dockerproxy.store.links import Visibility
+from dockerproxy.store.needs import read_references
 from dockerproxy.store.platforms import manifest_platforms
 from dockerproxy.store.records import Records
+from dockerproxy.store.references import References
 from dockerproxy.store.tree_reader import read_small
 
 TAGS_PER_PAGE = 50
 """Tags of one answer."""
 
+MAX_SHOWN_MANIFEST = 256 * 1024
+"""Bytes of a manifest that is read to show it. A longer one would keep requests waiting while it is parsed."""
+
 _MAX_PARTS = 200  # layers or platforms of one answer
+_MAX_MANIFESTS = 2000  # that are read for one answer; the sizes of tags lack the others
 _MAX_ANNOTATIONS = 50
 _MAX_TEXT = 300  # characters of one
 
@@ -47,6 +54,7 @@ class ImageReader:
     repository: str
     records: Records
     viewer: Viewer
+    _read: dict[Digest, References] = field(factory=dict, init=False)
 
     def tags(self, page: int) -> TagPage:
         """Return a page of the tags, in their order."""
@@ -61,11 +69,11 @@ class ImageReader:
         if not self._may_see(digest):
             raise NameUnknown(f"there is no manifest {digest} here")
         media_type = self.store.links.manifest_media_type(self.repository, digest)
-        content = read_small(self.store.layout.blob(digest), MAX_MANIFEST + 1) or b""
-        try:
-            manifest = parse_manifest(content, media_type)
-        except ManifestInvalid:
-            manifest = Manifest(media_type or "")
+        content = read_small(self.store.layout.blob(digest), MAX_SHOWN_MANIFEST + 1) or b""
+        manifest = Manifest(media_type or "")
+        if len(content) <= MAX_SHOWN_MANIFEST:
+            with suppress(ManifestInvalid):
+                manifest = parse_manifest(content, media_type)
         platforms = [
             {"platform": platform, "digest": str(child), "present": has_manifest(self.store, self.repository, child)}
             for child, platform in (index_platforms(content) if manifest.media_type in INDEX_TYPES else {}).items()
@@ -106,9 +114,12 @@ class ImageReader:
         usage = DiskUsage(self.store)
         usage.add([digest])
         last_used, is_present = usage.last_used, bool(usage.sizes)
-        closure = Closure(self.store, self.repository)
-        closure.reach([digest])
-        usage.add(closure.manifests | closure.blobs)
+        pending, reached = [digest], {digest}
+        while pending:
+            references = self._references(pending.pop())
+            usage.add(references.objects)
+            pending.extend(child for child in references.manifests if child not in reached)
+            reached.update(references.manifests)
         visibility = self.store.links.manifest_visibility(self.repository, digest)
         return {
             "tag": tag,
@@ -121,6 +132,17 @@ class ImageReader:
             "private": visibility is Visibility.PRIVATE,
             "checked": self._checked_at(tag) if self.store.kind == CACHED else None,
         }
+
+    def _references(self, digest: Digest) -> References:
+        known = self._read.get(digest)
+        if known is None:
+            known = References()
+            if len(self._read) < _MAX_MANIFESTS and self.store.links.has_manifest(self.repository, digest):
+                known = read_references(
+                    self.store.layout, self.store.links, self.repository, digest, MAX_SHOWN_MANIFEST
+                )
+            self._read[digest] = known
+        return known
 
     def _checked_at(self, tag: str) -> float | None:
         """Return when upstream was last asked for the tag (POSIX time); None if that is not known."""
@@ -143,9 +165,11 @@ def has_manifest(store: StoreView, repository: str, digest: Digest) -> bool:
 def present_platforms(store: StoreView, repository: str, digest: Digest) -> list[str]:
     """Return the platforms of an image or index, of an index only those whose manifests are here."""
     media_type = store.links.manifest_media_type(repository, digest)
+    if (store.blobs.size(digest) or 0) > MAX_SHOWN_MANIFEST:
+        return []
     if media_type not in INDEX_TYPES:
         return list(manifest_platforms(store.layout, digest, media_type))
-    children = index_platforms(read_small(store.layout.blob(digest), MAX_MANIFEST + 1) or b"")
+    children = index_platforms(read_small(store.layout.blob(digest), MAX_SHOWN_MANIFEST) or b"")
     present = (platform for child, platform in children.items() if has_manifest(store, repository, child))
     return list(dict.fromkeys(present))
 

@@ -20,6 +20,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.shown_transfers import BlobTransfer, blob_transfers
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.bounded_dict import BoundedDict
@@ -178,6 +179,7 @@ class LiveFeed:
         part: BoardPart,
         metrics: Metrics,
         records: Records,
+        places: LayerPlaces,
         usage: Callable[[], Awaitable[tuple[int, int]]],
         clock: Callable[[], float],
     ) -> None:
@@ -186,6 +188,7 @@ class LiveFeed:
         self._part = part
         self._metrics = metrics
         self._records = records
+        self._places = places
         self._usage = usage
         self._clock = clock
         self._usage_at = 0.0
@@ -193,6 +196,7 @@ class LiveFeed:
         self._states: dict[_Sight, State] = {}  # as of the last sum
         self._rates = _Rates()
         self._cache: dict[str, int] = {}
+        self._is_finding_places = False
         self._public: BoundedDict[str, bool] = BoundedDict(_MAX_PUBLIC_KEPT, ttl=_PUBLIC_KEPT, clock=reactor.seconds)
         self._loop = LoopingCall(self._tick)
         self._loop.clock = reactor
@@ -253,6 +257,9 @@ class LiveFeed:
         self._read_usage()
         transfers = blob_transfers(self._board.rows())
         self._rates.update(transfers)
+        if transfers and not self._is_finding_places:
+            self._is_finding_places = True
+            spawn(self._find_places(transfers), "looking for the places of blobs")
         registries, traffic = self._registries(), self._traffic()
         old_states, self._states = self._states, {}
         events: dict[_Sight, bytes] = {}
@@ -271,9 +278,18 @@ class LiveFeed:
             else:
                 self._write(stream, events[sight])
 
+    async def _find_places(self, transfers: Iterable[BlobTransfer]) -> None:
+        try:
+            await self._places.find(blob for transfer in transfers for blob in transfer.blobs)
+        finally:
+            self._is_finding_places = False
+
     def _show(self, transfers: Iterable[BlobTransfer], viewer: Viewer) -> list[dict[str, Any]]:
         labels, rates = self._metrics.registries, self._rates.of_transfers
-        return [transfer.show(viewer, labels, self._is_public, rates[transfer.id]) for transfer in transfers]
+        return [
+            transfer.show(viewer, labels, self._is_public, self._places.known, rates[transfer.id])
+            for transfer in transfers
+        ]
 
     def _registries(self) -> list[dict[str, Any]]:
         return [{"name": sample.registry, "up": bool(sample.value)} for sample in self._metrics.samples(UPSTREAM_UP)]

@@ -20,6 +20,7 @@ from attrs import define, frozen
 from twisted.logger import Logger
 
 from dockerproxy.admin.images import TAGS_PER_PAGE, ImageReader, parse_digest
+from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.shown_transfers import blob_transfers
 from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery, parse_number
@@ -127,6 +128,7 @@ class LocalOverview:
         summaries.is_pinned = lambda key: self.sources.is_pinned(key, None)
         self._stores = {store.kind: store for store in stores}
         self._records = records
+        self._places = LayerPlaces(reactor, self._stores[CACHED], records, reactor.seconds)
         self._registry_disk = registry_disk
         self._usage = usage
         self._clock = clock
@@ -264,10 +266,13 @@ class LocalOverview:
 
     async def _transfers(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
         transfers = blob_transfers(self._board.rows())
+        await self._places.find(blob for transfer in transfers for blob in transfer.blobs)
+
+        places = {blob: self._places.known(blob) for transfer in transfers for blob in transfer.blobs}
 
         def show() -> list[Document]:
             labels, public = self._metrics.registries, lambda key: public_may_read(self._records, key)
-            return [transfer.show(viewer, labels, public) for transfer in transfers]
+            return [transfer.show(viewer, labels, public, places.__getitem__) for transfer in transfers]
 
         shown = await in_thread(self._reactor, show) if transfers else []
         return {"transfers": shown, "readers": sum(transfer["readers"] for transfer in shown)}

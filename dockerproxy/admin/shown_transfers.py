@@ -8,6 +8,7 @@ from typing import Any
 
 from attrs import frozen
 
+from dockerproxy.admin.layer_places import UNKNOWN_PLACE, BlobKey, LayerPlace
 from dockerproxy.admin.resolver import CACHED
 from dockerproxy.admin.viewer import Viewer, label_of, private_name
 from dockerproxy.cache.board import BoardRow
@@ -33,13 +34,23 @@ class BlobTransfer:
         """The bytes that have arrived."""
         return max(row.done for row in self.rows)
 
+    @property
+    def blobs(self) -> list[BlobKey]:
+        """The blob, as each of the repositories has it that a process downloads it for."""
+        return list(dict.fromkeys((row.repository, row.digest) for row in self.rows))
+
     def show(
-        self, viewer: Viewer, labels: Collection[str], is_public: Callable[[str], bool], rate: int | None = None
+        self,
+        viewer: Viewer,
+        labels: Collection[str],
+        is_public: Callable[[str], bool],
+        place_of: Callable[[BlobKey], LayerPlace],
+        rate: int | None = None,
     ) -> dict[str, Any]:
         """Return the download as a JSON value, at `rate` bytes a second.
 
         `labels` are the names of registries that everybody may see. `is_public` returns whether the public may read a
-        repository, given its key.
+        repository, given its key, and `place_of` the place of a blob.
         """
         label = label_of(self.rows[0].repository, labels)
         public = {row.repository: is_public(row.repository) for row in self.rows}
@@ -47,6 +58,9 @@ class BlobTransfer:
         named = None if visible is None else shown_name(visible.repository)
         # The repository may be public, and this content of it private.
         shows_digest = viewer.is_admin or (visible is not None and not visible.private)
+        place = UNKNOWN_PLACE
+        if visible is not None:
+            place = place_of((visible.repository, visible.digest)).seen_by(is_admin=viewer.is_admin)
         return {
             "id": self.id,
             "registry": label,
@@ -59,10 +73,10 @@ class BlobTransfer:
             "readers": sum(row.readers for row in self.rows),
             "started": self.rows[0].started,
             "private": not any(public.values()),
-            "tag": None,
-            "layer": None,
-            "layers": None,
-            "platform": None,
+            "tag": place.tag,
+            "layer": place.layer,
+            "layers": place.layers,
+            "platform": place.platform,
         }
 
 

@@ -43,9 +43,13 @@ def find_needs(layout: Layout, links: Links, repository: str) -> Iterator[Need]:
                     yield Need(child, tag)
 
 
-def read_references(layout: Layout, links: Links, repository: str, digest: Digest) -> References:
-    """Return the references of a manifest; none if it cannot be read. Blocks."""
-    content = read_small(layout.blob(digest), MAX_MANIFEST + 1)
+def read_references(
+    layout: Layout, links: Links, repository: str, digest: Digest, limit: int = MAX_MANIFEST
+) -> References:
+    """Return the references of a manifest; none if it cannot be read, or has more than `limit` bytes. Blocks."""
+    content = read_small(layout.blob(digest), limit + 1)
+    if content is not None and len(content) > limit:
+        return References()
     try:
         return extract_references(content or b"", links.manifest_media_type(repository, digest))
     except ManifestInvalid:

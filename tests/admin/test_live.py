@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
-from dockerproxy.admin.api import API, api_shares
+from dockerproxy.admin.api import API, ControlAPI, api_shares
+from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.live import MAX_UNREAD, MAX_VIEWERS, LiveFeed, difference
+from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.overview import Overview
+from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.board import Board, BoardEntry
@@ -22,8 +26,13 @@ from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.errors import NameUnknown, Unauthorized
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Digest
+from dockerproxy.registry.principal import Principal
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from tests.http.support.in_memory import InMemoryClient, InMemoryServer
+from tests.store.support.images import image, put_image
+from tests.store.support.reactor import SteppedReactor
 
 NOW = 1_800_000_000.0
 PUBLIC_NAME, SECRET_NAME = "ghcr.io/acme/open", "ghcr.io/acme/secret"
@@ -38,9 +47,13 @@ class World:
         self.metrics = Metrics.make(2, ["ghcr.io"]).for_process(0)
         self.server = InMemoryServer(self.handle)
         self.clock: Clock = self.server.clock
+        self.threads = SteppedReactor()
+        self.store = StoreView(CACHED, Layout(folder))
+        self.places = LayerPlaces(self.threads, self.store, self.records, self.clock.seconds)
         self.feed = LiveFeed(
-            self.clock, self.board, self.board.for_process(0), self.metrics, self.records, self.usage, lambda: NOW
-        )
+            self.clock, self.board, self.board.for_process(0), self.metrics, self.records, self.places, self.usage,
+            lambda: NOW,
+        )  # fmt: skip
         self.part = self.board.for_process(1)
         self.asked: list[str] = []
         self.api = API(Overview(self.answer), self.feed, self.viewer_of, api_shares())
@@ -120,6 +133,22 @@ def test_a_viewer_gets_the_state_and_then_differences(world: World) -> None:
     for _ in range(10):
         world.clock.advance(1)
     assert ": nothing new\n\n" in view.text
+
+
+def test_a_download_says_which_layer_it_is_as_soon_as_that_is_found(world: World) -> None:
+    manifest = image(b"config", b"first", PUBLIC_NAME.encode())
+    put_image(HostedTree.from_layout(world.store.layout), PUBLIC_NAME, manifest, "v1")
+    world.records.put({"accept": {}}, "tag", PUBLIC_NAME, "v1")
+    world.add(PUBLIC_NAME)
+    view = world.connect()
+    for _ in range(5):
+        world.clock.advance(1)
+    assert view.events[0]["transfers"][0]["layer"] is None
+    assert len(world.threads.jobs) == 1  # it takes long, and nothing waits for it
+    world.threads.run_one()
+    world.clock.advance(1)
+    [transfer] = view.events[-1]["transfers"]
+    assert {key: transfer[key] for key in ("tag", "layer", "layers")} == {"tag": "v1", "layer": 2, "layers": 2}
 
 
 def test_viewers_see_what_they_may(world: World) -> None:
@@ -218,6 +247,40 @@ def test_a_hundred_viewers_of_all_processes_at_most(world: World) -> None:
     assert "Retry-After: 10" in refused.text and "/api/v1/overview" in refused.text
     world.board.for_process(1)  # it exits
     assert world.connect().text.startswith("HTTP/1.1 200")
+
+
+def test_a_hundred_viewers_cost_little(world: World) -> None:
+    world.feed.viewers.share = MAX_VIEWERS
+    views = [world.connect(*(["X-Admin: 1"] if number % 2 else [])) for number in range(MAX_VIEWERS)]
+    assert all(view.text.startswith("HTTP/1.1 200") for view in views)
+    entries = [world.add(f"ghcr.io/acme/app{number}") for number in range(20)]
+    world.clock.advance(1)
+    started, seconds = time.process_time(), 20
+    for second in range(seconds):
+        for entry in entries:
+            entry.update(second * 40, 1000, second)
+        world.clock.advance(1)
+    per_second = (time.process_time() - started) / seconds
+    assert len(views[-1].events) >= seconds
+    assert per_second < 0.03  # of a core; usually 0.002
+
+
+def test_the_control_socket_has_the_same_events_as_lines(world: World) -> None:
+    async def handle(request: Request) -> None:
+        control = ControlAPI(Overview(world.answer), world.feed)
+        handler = control.handlers["GET", request.path]
+        await handler(request, NDJSONResponse(request), Principal("root", "the control socket", None))
+
+    world.server.site.handler = handle
+    world.add(SECRET_NAME, private=True)
+    client = world.server.client()
+    client.send(b"GET /v1/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    line = View(client).text.partition("\r\n\r\n")[2].splitlines()[1]
+    assert [transfer["name"] for transfer in json.loads(line)["transfers"]] == [SECRET_NAME]
+    other = world.server.client()
+    other.send(b"GET /v1/images?q=a HTTP/1.1\r\nHost: x\r\n\r\n")
+    [response] = other.responses
+    assert json.loads(response.body)["viewer"] == ["root", True, True]
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

@@ -320,16 +320,78 @@ def test_a_blob_of_another_repository_is_not_told(world: World) -> None:
     assert layer["present"] is False
 
 
+def test_a_manifest_that_takes_long_to_parse_is_not_parsed(world: World) -> None:
+    """Python parses 4 MiB of JSON in one go, and requests of clients would wait."""
+    padding = {"annotations": {"padding": "x" * 300_000}}
+    for number, small in enumerate((index(NGINX), NGINX)):
+        document = {**json.loads(small.data), **padding}
+        long = ManifestTree(small.media_type, json.dumps(document).encode(), small.blobs, small.children)
+        put_image(world.hosted, f"team/long{number}", long, "v1")
+        world.walk()
+        [tag] = world.get("image", name=f"team/long{number}")["tags"]
+        assert (tag["size"], tag["platforms"]) == (len(long.data), [])
+        manifest = world.get("manifest", name=f"team/long{number}", digest=str(long.digest))
+        assert (manifest["layers"], manifest["platforms"], manifest["annotations"]) == ([], [], {})
+
+
 def test_strangers_texts_are_cut(world: World) -> None:
     manifest = image(b"config", b"layer")
     document = json.loads(manifest.data)
-    document["annotations"] = {f"key{number}": "<script>" * 1000 for number in range(500)}
+    document["annotations"] = {f"key{number}": "<script>" * 100 for number in range(250)}
     long = ManifestTree(manifest.media_type, json.dumps(document).encode(), manifest.blobs)
     put_image(world.hosted, "team/app", long, "v1")
     world.walk()
     annotations = world.get("manifest", name="team/app", digest=str(long.digest))["annotations"]
     assert len(annotations) == 50
     assert max(map(len, annotations.values())) == 300
+
+
+def places(world: World, viewer: Viewer) -> dict[str, tuple[Any, ...]]:
+    """Return tag, layer, layers and platform of the downloads by their names."""
+    return {
+        row["name"]: (row["tag"], row["layer"], row["layers"], row["platform"])
+        for row in world.get("transfers", viewer)["transfers"]
+    }
+
+
+def test_a_download_says_which_layer_of_which_image_it_is(world: World) -> None:
+    arm, amd = platform_image("arm64", b"base", b"arm layer"), platform_image("amd64", b"base", b"amd layer")
+    document = json.loads(index(arm, amd).data)
+    for entry, name in zip(document["manifests"], ("arm64", "amd64"), strict=True):
+        entry["platform"] = {"os": "linux", "architecture": name}
+    both = ManifestTree(document["mediaType"], json.dumps(document).encode(), (), (arm, amd))
+    world.put_cached("ghcr.io/a/b", both, "v1")
+    part = world.board.for_process(0)
+    part.add("ghcr.io/a/b", Digest.of(b"amd layer"), 9, private=False)
+    for viewer in (ADMIN, ANONYMOUS):
+        assert places(world, viewer) == {"ghcr.io/a/b": ("v1", 2, 2, "linux/amd64")}
+    part.clear()
+    part.add("ghcr.io/a/b", Digest.of(arm.blobs[0]), 9, private=False)
+    assert places(world, ANONYMOUS) == {"ghcr.io/a/b": ("v1", None, 2, "linux/arm64")}
+    part.clear()
+    part.add("ghcr.io/a/b", Digest.of(b"of no manifest"), 9, private=False)
+    assert places(world, ADMIN) == {"ghcr.io/a/b": (None, None, None, None)}
+
+
+def test_the_place_of_private_content_is_not_told(world: World) -> None:
+    name = "ghcr.io/acme/app"
+    old, new = platform_image("amd64", b"old"), platform_image("amd64", b"new")
+    world.put_cached(name, old, "old")
+    put_image(world.cache, name, new, SECRET)
+    world.make_private(name, new)
+    world.note_tag(name, SECRET, new, public=False)
+    part = world.board.for_process(0)
+    part.add(name, Digest.of(b"new"), 3, private=True)
+    assert places(world, ADMIN) == {name: (SECRET, 1, 1, None)}
+    assert places(world, ANONYMOUS) == {name: (None, None, None, None)}
+    # A name that only a login saw, for content that everybody may read.
+    world.cache.links.remove_tag(name, "old")
+    world.cache.links.set_tag(name, f"{SECRET}2", old.digest)
+    world.note_tag(name, f"{SECRET}2", old, public=False)
+    part.clear()
+    part.add(name, Digest.of(b"old"), 3, private=False)
+    assert places(world, ADMIN) == {name: (f"{SECRET}2", 1, 1, None)}
+    assert places(world, ANONYMOUS) == {name: (None, 1, 1, None)}
 
 
 @pytest.mark.parametrize(

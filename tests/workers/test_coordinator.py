@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.daemon.refusing_clients import RefusingClients
+from dockerproxy.errors import ServiceOverloaded
 from dockerproxy.oci.credentials import BasicCredentials, IdentityToken, Login
 from dockerproxy.oci.names import Digest, Host
 from dockerproxy.store.blobs import Blobs
@@ -477,3 +478,45 @@ class LockOrderMachine(RuleBasedStateMachine):
 
 TestLockOrder = LockOrderMachine.TestCase
 TestLockOrder.settings = settings(max_examples=examples(25), stateful_step_count=25, deadline=None)
+
+
+# the overview
+
+
+async def echo_overview(resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+    return {"document": [resource, list(viewer), dict(arguments)]}
+
+
+def test_a_worker_asks_the_main_process_for_the_overview(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
+) -> None:
+    main_process.shared.overview = echo_overview
+    values = "images", [None, False, True], {"q": "\udcff<b>", "page": "2"}
+    expected = {"document": list(values)}
+    assert workers[0].start(workers[0].space.get_overview(*values)) == [expected]
+    local: list[Any] = []
+    Deferred.fromCoroutine(main_process.space.get_overview(*values)).addBoth(local.append)
+    assert local == [expected]
+
+
+@pytest.mark.parametrize("event", ["hangs", "dies", "answers too much"])
+def test_the_page_of_a_worker_says_that_the_main_process_does_not_answer(
+    main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub], event: str
+) -> None:
+    async def answer(*_: Any) -> dict[str, Any]:
+        return {"document": "x" * 300_000} if event == "answers too much" else await Deferred()
+
+    main_process.shared.overview = answer
+    worker = workers[0]
+    outcome = worker.start(worker.space.get_overview("overview", [None, False, False], {}))
+    if event == "dies":
+        worker.die()
+    elif event == "hangs":
+        assert outcome == []
+        worker.reactor.advance(30)
+        worker.reactor.iterate_all()
+    [failure] = outcome
+    assert isinstance(failure.value, ServiceOverloaded)
+    assert dict(failure.value.headers)["Retry-After"] == "10"
+    other = workers[1].start(workers[1].lock.hold("key").__aenter__())  # the others go on
+    assert other == [False]
