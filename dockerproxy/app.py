@@ -326,7 +326,14 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     api_requests = api_shares()
     api_handler = API(shared.overview, live, partial(anonymous_viewer, hosted_app), api_requests)
     api_pages: dict[str, Handler] = {API_PREFIX: api_handler.handle}
-    pages_for = partial(builtin_endpoints, authority.certificate_pem, metrics_handler, ready_handler)
+    pages_for = partial(
+        builtin_endpoints,
+        authority.certificate_pem,
+        metrics_handler,
+        ready_handler,
+        registries=lambda: [host.name for host in registries.intercepted],
+        hosted=settings.registry_hostname[0],
+    )
     proxy_pages = {**pages_for(proxy_port(settings), on_proxy_port=True), **api_pages}
     proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)
     registry_router = Router(

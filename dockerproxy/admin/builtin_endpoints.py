@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from twisted.internet.defer import Deferred, gatherResults
 
-from dockerproxy.admin.setup import setup_script
+from dockerproxy.admin.setup import DOCKER_HUB_HOSTS, setup_script
 from dockerproxy.errors import BadRequest, NameInvalid
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
@@ -27,6 +27,8 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
                     curl -fsS {url}setup | sudo sh
                     curl -fsS {url}setup | sudo sh -s -- --ca-sha256 FINGERPRINT
                     (the second form stops if the CA is not that of `dockerproxy status` on the server)
+                    curl -fsS {url}setup | sudo sh -s -- --check
+                    (it changes nothing, and says what is wrong with the host's settings)
   /healthz          health check: the daemon is alive
   /readyz           503 if it cannot write to one of its directories
   /metrics          metrics for Prometheus
@@ -39,9 +41,12 @@ def builtin_endpoints(
     ready: Handler,
     proxy_port: int | None = None,
     *,
+    registries: Callable[[], Iterable[str]] = lambda: DOCKER_HUB_HOSTS,
+    hosted: str = "docker-registry.local",
     on_proxy_port: bool = False,
 ) -> dict[str, Handler]:
     """Return the handlers of GET by path. `metrics` handles `/metrics`, and `ready` `/readyz`.
+    `registries` returns the hosts that the set-up script checks, and `hosted` is the name of the hosted registry.
 
     `proxy_port` is the proxy's port without TLS. With `on_proxy_port` a request without TLS came to it, maybe under
     another number (port forwarding), which then counts.
@@ -61,7 +66,7 @@ def builtin_endpoints(
 
     async def setup(request: Request) -> None:
         same_port = on_proxy_port and not request.secure
-        script = setup_script(_base_url(request, None if same_port else proxy_port)).encode()
+        script = setup_script(_base_url(request, None if same_port else proxy_port), registries(), hosted).encode()
         request.respond(200, [("Content-Type", "text/x-shellscript; charset=utf-8"), _NO_STORE], script)
 
     async def health(request: Request) -> None:

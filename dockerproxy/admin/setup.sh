@@ -3,7 +3,8 @@
 # certificate. It supports dockerd, containerd and CRI-O under systemd or OpenRC, and podman, and configures only
 # installed ones. Run it as root. It is idempotent: another run changes only settings that differ, and restarts only the
 # services concerned. --remove undoes its changes. --ca-sha256 changes nothing if the proxy's CA certificate has another
-# fingerprint than the given one, which `dockerproxy status` prints on the server.
+# fingerprint than the given one, which `dockerproxy status` prints on the server. --check changes nothing at all: it
+# says the first thing that keeps this host from pulling through the proxy, and what to do about it.
 
 set -eu
 umask 022
@@ -12,6 +13,8 @@ LC_ALL=C
 export LC_ALL
 
 proxy=@PROXY@
+registries=@REGISTRIES@
+hosted=@HOSTED@
 header='# Written by the set-up script of docker-registry-proxy. Another run keeps NO_PROXY and replaces the rest.'
 suffix=' # by the set-up script of docker-registry-proxy'
 unfinished=/var/lib/docker-registry-proxy-setup.unfinished
@@ -36,6 +39,7 @@ usage() {
     say "Usage: curl -fsS ${proxy}setup | sudo sh"
     say "       curl -fsS ${proxy}setup | sudo sh -s -- --ca-sha256 FINGERPRINT"
     say "       curl -fsS ${proxy}setup | sudo sh -s -- --remove"
+    say "       curl -fsS ${proxy}setup | sudo sh -s -- --check"
 }
 
 has() {
@@ -391,6 +395,226 @@ remove() {
     rm -f "$unfinished"
 }
 
+# The check, which changes nothing.
+
+set_up_hint="run the set-up script: curl -fsS ${proxy}setup | sudo sh"
+
+# Sets $bundle to the file with all certificates that programs on this host trust.
+find_bundle() {
+    for bundle in /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/certs/ca-certificates.crt /etc/ssl/cert.pem; do
+        [ ! -r "$bundle" ] || return 0
+    done
+    bundle=
+}
+
+# Succeeds if the PEM file in the second argument contains the certificate in the first one, in lines of any length.
+contains_certificate() {
+    body=$(sed '1d;$d' "$1" | tr -d '\n\r')
+    tr -d '\n\r' <"$2" | grep -qF "$body"
+}
+
+check_trust() {
+    fetch "${proxy}ca.crt" "$work/ca.crt" 2>"$work/output" ||
+        fail "$proxy does not answer: $(head -n 1 "$work/output"); is it running, and may this host connect to it?"
+    is_certificate "$work/ca.crt" ||
+        fail "${proxy}ca.crt is not a certificate: something else answers at that address; use the proxy's own"
+    say "The proxy answers: $proxy"
+    find_trust_store
+    find_bundle
+    if [ -n "$bundle" ] && contains_certificate "$work/ca.crt" "$bundle"; then
+        say "Its CA is trusted: $bundle"
+    elif is_same "$work/ca.crt" "$anchor"; then
+        fail "the trust store does not have the proxy's CA, although $anchor is there; run: $update"
+    elif [ -e "$anchor" ]; then
+        fail "this host trusts another CA than the proxy's, which is new: $anchor; $set_up_hint"
+    else
+        fail "this host does not trust the proxy's CA: $anchor is missing; $set_up_hint"
+    fi
+}
+
+# Succeeds if the URL is that of the same proxy, maybe by another of its names.
+is_this_proxy() {
+    [ "${1%/}" = "${proxy%/}" ] && return
+    case "$1" in
+        http://*) fetch "${1%/}/ca.crt" "$work/other.crt" 2>/dev/null && is_same "$work/ca.crt" "$work/other.crt" ;;
+        *) return 1 ;;
+    esac
+}
+
+# Prints the registry that a value of NO_PROXY excludes from the proxy, if it excludes one. As in Go: `*` is every host, a
+# name stands for itself and all names below it, and a name with a dot before it for those below it.
+excluded_registry() {
+    set -f
+    for entry in $(printf '%s' "$1" | tr ',' ' '); do
+        case "$entry" in
+            *:443) name=${entry%:443} ;;
+            *:*) continue ;; # an address of IPv6, or another port
+            *) name=$entry ;;
+        esac
+        for registry in $registries; do
+            case "$name" in
+                '*') printf '%s' "$registry" && return ;;
+                '*.'* | .*) below=${name#\*} && itself=- ;;
+                *) below=.$name && itself=$name ;;
+            esac
+            case "$registry" in
+                "$itself" | *"$below") printf '%s' "$registry" && return ;;
+            esac
+        done
+    done
+}
+
+# Checks the settings of the engine in the first argument: its HTTPS_PROXY, and its NO_PROXY. The last argument says how
+# to apply changed settings.
+check_settings() {
+    if [ -z "$2" ]; then fail "$1 does not use the proxy: it has no HTTPS_PROXY; $4"; fi
+    is_this_proxy "$2" || fail "$1 uses another proxy, $2; $4"
+    excluded=$(excluded_registry "$3")
+    if [ -n "$excluded" ]; then
+        fail "NO_PROXY of $1 is too wide: $excluded is reached without the proxy ($3); remove that entry, then $4"
+    fi
+    say "$1 uses the proxy."
+}
+
+# Prints the process ID of the running service in the first argument.
+find_process() {
+    if has_systemd; then
+        process=$(systemctl show --property=MainPID "$1.service")
+        process=${process#MainPID=}
+        [ "$process" = 0 ] || printf '%s' "$process"
+        return
+    fi
+    program=$1
+    if [ "$1" = docker ]; then
+        program=dockerd
+        process=$(cat /run/docker.pid 2>/dev/null || true)
+        if [ -n "$process" ] && [ -d "/proc/$process" ]; then
+            printf '%s' "$process"
+            return
+        fi
+    fi
+    for directory in /proc/[0-9]*; do
+        if [ "$(cat "$directory/comm" 2>/dev/null)" = "$program" ]; then
+            printf '%s' "${directory#/proc/}"
+            return
+        fi
+    done
+}
+
+# Prints the value of a variable in $work/environ, which has one on each line.
+variable() {
+    sed -n "s/^$1=//p" "$work/environ" | head -n 1
+}
+
+check_service() {
+    process=$(find_process "$1")
+    if [ -z "$process" ] || [ ! -r "/proc/$process/environ" ]; then
+        say "$1 is not running, so it was not checked."
+        return
+    fi
+    if [ "$1" = docker ] && grep -q '"proxies"' /etc/docker/daemon.json 2>/dev/null; then
+        grep -qF "${proxy%/}" /etc/docker/daemon.json ||
+            fail 'docker uses another proxy: remove "proxies" from /etc/docker/daemon.json, then restart docker'
+        say "docker uses the proxy: /etc/docker/daemon.json"
+        return
+    fi
+    tr '\0' '\n' <"/proc/$process/environ" >"$work/environ"
+    https_proxy_of=$(variable HTTPS_PROXY)
+    [ -n "$https_proxy_of" ] || https_proxy_of=$(variable https_proxy)
+    no_proxy_of=$(variable NO_PROXY)
+    [ -n "$no_proxy_of" ] || no_proxy_of=$(variable no_proxy)
+    advice=$set_up_hint
+    if grep -qF "$proxy" "$(drop_in_path "$1")" "/etc/conf.d/$1" 2>/dev/null; then
+        advice="restart $1, which has not been restarted since it was set up"
+    fi
+    check_settings "$1" "$https_proxy_of" "$no_proxy_of" "$advice"
+}
+
+check_podman() {
+    : >"$work/environ"
+    if [ -r "$podman_conf" ]; then tr '"' "'" <"$podman_conf" | tr "'" '\n' >"$work/environ"; fi
+    check_settings podman "$(variable HTTPS_PROXY)" "$(variable NO_PROXY)" "$set_up_hint"
+}
+
+check_engine_settings() {
+    found=
+    for service in $services; do
+        if is_installed "$service"; then
+            found=yes
+            check_service "$service"
+        fi
+    done
+    if is_installed podman; then
+        found=yes
+        check_podman
+    fi
+    [ -n "$found" ] || say 'Neither dockerd, containerd, CRI-O nor podman is installed.'
+}
+
+# The engines reach the hosted registry through the proxy, which knows its name. Other programs have to resolve it.
+check_name() {
+    if has getent && ! getent hosts "$hosted" >/dev/null; then
+        say "Note: $hosted does not resolve on this host. Engines reach it through the proxy. Other programs need an entry"
+        say "in /etc/hosts, or avahi-daemon and libnss-mdns."
+    elif has getent; then
+        say "$hosted resolves."
+    fi
+}
+
+# Fetches the URL in the second argument through the proxy with the token in the first one, if that is not empty, as the
+# engines do. Writes the head to $work/head.
+fetch_through_proxy() {
+    token=$1
+    url=$2
+    shift 2
+    curl -sSg --max-time 60 --proxy "$proxy" --cacert "$bundle" -D "$work/head" -o "$work/body" \
+        ${token:+-H "Authorization: Bearer $token"} \
+        -H 'Accept: application/vnd.oci.image.index.v1+json' \
+        -H 'Accept: application/vnd.docker.distribution.manifest.list.v2+json' \
+        -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
+        -H 'Accept: application/vnd.oci.image.manifest.v1+json' "$@" "$url" 2>"$work/output" ||
+        fail "$image cannot be pulled through the proxy: $(head -n 1 "$work/output"); run on the server: dockerproxy doctor"
+}
+
+# Prints a parameter of the registry's challenge.
+challenge() {
+    tr -d '\r' <"$work/head" | sed -n "s/^[Ww][Ww][Ww]-[Aa]uthenticate: [Bb]earer .*$1=\"\([^\"]*\)\".*/\1/p"
+}
+
+check_pull() {
+    image=docker.io/library/hello-world
+    if has curl; then
+        url=https://registry-1.docker.io/v2/library/hello-world/manifests/latest
+        fetch_through_proxy '' "$url" -I
+        realm=$(challenge realm)
+        if [ -n "$realm" ]; then
+            fetch_through_proxy '' "$realm?service=$(challenge service)&scope=repository:library/hello-world:pull"
+            token=$(sed -n 's/.*"token" *: *"\([^"]*\)".*/\1/p' "$work/body")
+            fetch_through_proxy "$token" "$url" -I
+        fi
+    else
+        # busybox's wget has neither HEAD nor TLS through a proxy.
+        wget -S -T 60 -O "$work/body" "${proxy}v2/$image/manifests/latest" 2>"$work/head" || true
+    fi
+    tr -d '\r' <"$work/head" | sed 's/^ *//' >"$work/fields"
+    status=$(sed -n 's/^HTTP\/[0-9.]* *//p' "$work/fields" | tail -n 1)
+    cache=$(sed -n 's/^[Xx]-[Cc]ache: *//p' "$work/fields" | tail -n 1)
+    case "$status" in
+        200*) ;;
+        *) fail "$image cannot be pulled through the proxy (status ${status:-unknown}); run on the server: dockerproxy doctor" ;;
+    esac
+    [ -n "$cache" ] || fail "$image did not come from the proxy, because the answer has no X-Cache; what is between?"
+    say "$image can be pulled through the proxy (X-Cache: $cache)."
+}
+
+check() {
+    check_trust
+    check_engine_settings
+    check_name
+    check_pull
+    say 'All is well.'
+}
+
 # Sets $ca_sha256 from a fingerprint of 64 hexadecimal digits, in any case, with or without colons.
 parse_fingerprint() {
     ca_sha256=$(printf '%s' "$1" | tr -d ':' | tr A-F a-f)
@@ -402,23 +626,34 @@ parse_fingerprint() {
     exit 2
 }
 
+# Makes a temporary directory, $work.
+prepare() {
+    # Connect to the proxy directly, even if this shell has a proxy configured.
+    unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY no_proxy NO_PROXY
+    work=$(mktemp -d)
+    trap 'rm -rf "$work" ${new:+"$new"}' EXIT
+    trap 'exit 1' HUP INT TERM
+}
+
 main() {
     arguments=$*
     case "$arguments" in
-        '' | --remove) ;;
+        '' | --remove | --check) ;;
         --ca-sha256[=\ ]*) parse_fingerprint "${arguments#--ca-sha256?}" ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac
+    if [ "$arguments" = --check ]; then
+        [ "$(id -u)" = 0 ] || fail 'the check reads the environment of the engines; run it as root (with sudo)'
+        prepare
+        check
+        return
+    fi
     [ "$(id -u)" = 0 ] || fail 'this script changes the system configuration; run it as root (with sudo)'
     find_trust_store
     { mkdir -p "$probe" && rmdir "$probe"; } 2>/dev/null || fail '/etc is not writable; nothing was changed'
 
-    # Connect to the proxy directly, even if this shell has a proxy configured.
-    unset http_proxy HTTP_PROXY all_proxy ALL_PROXY
-    work=$(mktemp -d)
-    trap 'rm -rf "$work" ${new:+"$new"}' EXIT
-    trap 'exit 1' HUP INT TERM
+    prepare
     if [ -e "$unfinished" ]; then mark_all_changed; fi
     if [ "$arguments" = --remove ]; then
         remove

@@ -22,7 +22,7 @@ import pytest
 
 from dockerproxy.admin.setup import setup_script
 
-COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl base64 sha256sum"
+COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl base64 sha256sum head tail"
 
 # A service is a sleeping process. Its environment is set by the unit's drop-ins, then by the EnvironmentFile= of
 # Debian's units.
@@ -137,9 +137,15 @@ class ClientHost:
         return ["unshare", "-m", "sh", "-c", f'set -e\n{mounts}exec "$@"', "sh", *command]
 
     def run(
-        self, shell: list[str], *arguments: str, user: str | None = None, sbin: bool = False, read_only: bool = False
+        self,
+        shell: list[str],
+        *arguments: str,
+        user: str | None = None,
+        sbin: bool = False,
+        read_only: bool = False,
+        script: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        """Run the script on this host, as the standard input of `shell`."""
+        """Run the script on this host, as the standard input of `shell`. `script` takes its place, if given."""
         (self.root / "calls").write_text("")
         # Only root can read pytest's directories, so other users get the real /usr/bin.
         environment = [
@@ -151,10 +157,9 @@ class ClientHost:
         executable = shutil.which(shell[0])
         assert executable is not None
         command = [*setpriv, *environment, executable, *shell[1:], "-s", "--", *arguments]
-        return subprocess.run(
-            self.enter(*command, sbin=sbin, read_only=read_only), input=setup_script(self.url), capture_output=True,
-            text=True, timeout=60, check=False,
-        )  # fmt: skip
+        command = self.enter(*command, sbin=sbin, read_only=read_only)
+        text = script or setup_script(self.url)
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
 
     @property
     def calls(self) -> list[str]:
