@@ -61,6 +61,9 @@ lint: .venv/made-test ## check style and types
 test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported versions of the dependencies
 	.venv-oldest/bin/python -m pytest -ra --numprocesses=auto --ignore=tests/e2e --ignore=tests/hostile --ignore=tests/bench
 
+test-fleet: .venv/made-test ## run the tests of FLEET: many members in one process, and several real daemons
+	.venv/bin/python -m pytest -ra tests/fleet tests/e2e/test_fleet.py
+
 test-conformance: .venv/made-test ## run the OCI conformance suite SUITE=PATH against the hosted registry
 	@.venv/bin/python -m tests.conformance.run $(SUITE)
 

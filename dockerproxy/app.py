@@ -45,6 +45,7 @@ from dockerproxy.http.tls import ServerContext
 from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
+from dockerproxy.net.parent_circles import ParentCircles
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
 from dockerproxy.oci.names import Host, Registry
@@ -264,7 +265,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         wildcard = registries.intercepted.covering(host)
         return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
 
-    connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers)
+    connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers, shared.state.cache_secret)
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
     fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
@@ -351,6 +352,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         interception=Interception(registries.intercepted, context_for, handle_intercepted),
         dialer=connectors.tunnel_dialer,
         agent=connectors.agent,
+        circles=connectors.circles,
         local=proxy_router.handle,
         # Clients of the proxy reach it without a reverse proxy, also those on the machine of one.
         hosted=DirectRequestHandler(policy, registry_router.handle).handle,
@@ -475,6 +477,7 @@ class Connectors:
     agent: Agent
     tunnel_dialer: Dialer
     resolver: NameResolver
+    circles: ParentCircles | None
 
 
 @frozen
@@ -494,11 +497,13 @@ def build_connectors(
     pools: ThreadPools,
     check_for: Callable[[Host], AddressCheck | None],
     silent_servers: SilentServers,
+    secret: bytes,
 ) -> Connectors:
     """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used.
 
-    `check_for` returns the check of a registry's addresses.
+    `check_for` returns the check of a registry's addresses. All processes of the daemon have the `secret`.
     """
+    circles = None if settings.upstream_proxy is None else ParentCircles.of(secret, reactor.seconds)
     resolver = NameResolver(pools.lookups, reactor.seconds, ipv6=not settings.disable_ipv6)
 
     def dialer(connect_timeout: float) -> Dialer:
@@ -508,6 +513,7 @@ def build_connectors(
             overrides={host: (address.name, address.port) for host, address in settings.upstream_addresses.items()},
             ipv6=not settings.disable_ipv6,
             proxy=settings.upstream_proxy,
+            circles=circles,
             connect_timeout=connect_timeout,
         )
 
@@ -517,7 +523,7 @@ def build_connectors(
     except ValueError as error:
         raise SettingsError(str(error)) from None
     agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for, silent_servers)
-    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver)
+    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver, circles)
 
 
 def upstream_timeouts(settings: Settings) -> UpstreamTimeouts:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from attrs import evolve
+
 from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
 from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
@@ -356,10 +358,22 @@ def _member(word: str) -> Host:
 def upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy | None:
     """Parse ``http://[user:password@]host[:port]``, with an optional scheme, or ``none`` for no proxy.
 
+    Several, separated by spaces, are tried in their order. ``direct`` at the end stands for a connection without one.
     `no_proxy` is the value of NO_PROXY: entries separated by commas or spaces. See `UpstreamProxy` for their grammar.
     """
-    if text.lower() == "none":
+    words = text.split()
+    if text.lower() in ("none", "direct"):
         return None
+    direct = words[-1].lower() == "direct"
+    proxies = [_one_upstream_proxy(word, no_proxy) for word in (words[:-1] if direct else words)]
+    if len({(proxy.host, proxy.port) for proxy in proxies}) < len(proxies):
+        raise ValueError("a proxy is given twice")
+    return evolve(proxies[0], others=tuple(proxies[1:]), direct=direct)
+
+
+def _one_upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy:
+    if text.lower() in ("none", "direct"):
+        raise ValueError(f"{text!r} is not a proxy; none has to be alone, and direct has to be last")
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         userinfo, at, authority = parts.netloc.rpartition("@")

@@ -85,7 +85,7 @@ PURE_MODULES = {
     "http.cross_origin", "upstream.http1",
     "net.store_location", "bucket.s3_xml", "bucket.store_errors",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
-    "fleet.members", "fleet.hop", "fleet.relays",
+    "fleet.members", "fleet.hop", "fleet.relays", "net.parent_circles",
 }  # fmt: skip
 IO_MODULES = {
     "twisted.internet",

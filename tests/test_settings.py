@@ -492,6 +492,15 @@ def test_upstream_proxy() -> None:
     assert parsed.upstream_proxy.no_proxy == ("a.test", ".b.test", "c.test")
 
 
+def test_a_list_of_upstream_proxies() -> None:
+    parsed = settings(UPSTREAM_PROXY="http://a.test:3128 user:pw@b.test direct", NO_PROXY="c.test").upstream_proxy
+    assert parsed is not None and parsed.direct and parsed.host == "a.test"
+    assert [(other.host, other.port, other.no_proxy) for other in parsed.others] == [("b.test", 80, ("c.test",))]
+    assert settings(UPSTREAM_PROXY="direct").upstream_proxy is None
+    alone = settings(UPSTREAM_PROXY="a.test").upstream_proxy
+    assert alone is not None and not alone.direct and alone.others == ()
+
+
 def test_upstream_proxy_variable_precedence() -> None:
     def port(**env: str) -> int | None:
         proxy = settings(**env).upstream_proxy
@@ -577,6 +586,10 @@ INVALID = [
     ("UPSTREAM_PROXY", "socks5://user:SECRET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
     ("UPSTREAM_PROXY", "http://user:SEC/RET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
     ("UPSTREAM_PROXY", "http://[::1", "'http://[::1' is not an HTTP proxy such as"),
+    ("UPSTREAM_PROXY", "a.test b.test:80 a.test:80", "a proxy is given twice"),
+    ("UPSTREAM_PROXY", "direct a.test", "'direct' is not a proxy; none has to be alone, and direct has to be last"),
+    ("UPSTREAM_PROXY", "a.test none", "'none' is not a proxy; none has to be alone"),
+    ("UPSTREAM_PROXY", "a.test socks5://user:SECRET@proxy:1080", "'…@proxy:1080' is not an HTTP proxy such as"),
     ("HTTPS_PROXY", "https://proxy", "'https://proxy' is not an HTTP proxy such as"),
     (
         "ALLOW_CLIENTS",

@@ -15,12 +15,17 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.error import ConnectError, ConnectionRefusedError, NoRouteError, TimeoutError
 from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from dockerproxy.errors import RegistryError, UpstreamTimeout, UpstreamUnreachable
-from dockerproxy.net.upstream_proxy import ConnectFactory, UpstreamProxy
+from dockerproxy.errors import RegistryError, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.net.parent_circles import FIELD as CIRCLES_FIELD
+from dockerproxy.net.parent_circles import ParentCircles
+from dockerproxy.net.upstream_proxy import ConnectFactory, ProxyRefused, UpstreamProxy
 from dockerproxy.oci.names import Host
+
+log = Logger()
 
 AddressCheck = Callable[[str], None]
 """Raises a `RegistryError` if connections to an address (as text) are forbidden.
@@ -28,6 +33,8 @@ AddressCheck = Callable[[str], None]
 It is called with the host's name instead if the upstream proxy resolves that.
 """
 
+_PROXY_TIMEOUT = 10.0  # seconds for one of several proxies to answer
+_PROXY_BACK_OFF = 30.0
 _CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well: RFC 8305, section 5
 
 
@@ -55,7 +62,8 @@ class Dialer:
 
     `overrides` maps a host to the address and port to use instead of DNS; the address check and `proxy` are then
     skipped. `connect_timeout` is the limit in seconds for DNS, all attempts and the proxy's response together.
-    `source_address` returns the address of this machine to connect from, or None for the one that the kernel chooses.
+    `circles`, if given, tells proxies where requests have come from. `source_address` returns the address of this
+    machine to connect from, or None for the one that the kernel chooses.
     """
 
     def __init__(
@@ -68,10 +76,13 @@ class Dialer:
         proxy: UpstreamProxy | None = None,
         connect_timeout: float = 60.0,
         source_address: Callable[[], str | None] = lambda: None,
+        circles: ParentCircles | None = None,
     ) -> None:
         self._reactor = reactor
         self._resolver = resolver
         self._source_address = source_address
+        self._circles = circles
+        self._failed_proxies: dict[UpstreamProxy, float] = {}  # until when they are tried after the others
         self._overrides = dict(overrides or {})
         self._ipv6 = ipv6
         self._proxy = proxy
@@ -110,13 +121,47 @@ class Dialer:
         if self._proxy is not None and self._proxy.applies_to(host):
             if address_check is not None:
                 address_check(host.name)
-            return await self._connect_via_proxy(self._proxy, host, factory)
+            connection = await self._connect_via_proxies(self._proxy, host, factory)
+            if connection is not None:
+                return connection
         addresses = filter_addresses(await self._resolve(host, client), address_check)
         return await self._dial_parallel(host, [(address, host.port) for address in addresses], factory)
 
+    async def _connect_via_proxies(
+        self, first: UpstreamProxy, host: Host, factory: IProtocolFactory
+    ) -> IProtocol | None:
+        """Connect through the first proxy that answers. Return None if none does, and a direct connection is next.
+
+        One that did not answer is tried last for _PROXY_BACK_OFF seconds.
+        """
+        if not first.others and not first.direct:
+            return await self._connect_via_proxy(first, host, factory)
+        now = self._reactor.seconds()
+        errors: list[UpstreamError] = []
+        order = sorted((first, *first.others), key=lambda proxy: self._failed_proxies.get(proxy, 0.0) > now)
+        for proxy in order:
+            if first.direct and self._failed_proxies.get(proxy, 0.0) > now:
+                continue
+            attempt = Deferred.fromCoroutine(self._connect_via_proxy(proxy, host, factory))
+            try:
+                return await attempt.addTimeout(_PROXY_TIMEOUT, self._reactor)
+            except ProxyRefused:
+                raise
+            except (DeferredTimeout, TimeoutError):
+                authority = Host(proxy.host, proxy.port).authority
+                errors.append(UpstreamTimeout(f"{host.authority}: the upstream proxy {authority} does not answer"))
+            except UpstreamError as error:
+                errors.append(error)
+            self._failed_proxies[proxy] = self._reactor.seconds() + _PROXY_BACK_OFF
+            log.warn("trying the next entry of UPSTREAM_PROXY: {reason}", reason=errors[-1].message)
+        if not first.direct:
+            raise errors[0]
+        return None
+
     async def _connect_via_proxy(self, proxy: UpstreamProxy, host: Host, factory: IProtocolFactory) -> IProtocol:
         proxy_host = Host(proxy.host, proxy.port)
-        connect_factory = ConnectFactory(proxy, host, factory)
+        fields = [] if self._circles is None else [(CIRCLES_FIELD, self._circles.value(host))]
+        connect_factory = ConnectFactory(proxy, host, factory, fields)
         try:
             addresses = await self._resolve(proxy_host, "")
             connection = await self._dial_parallel(

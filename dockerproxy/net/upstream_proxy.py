@@ -1,7 +1,8 @@
-"""The HTTP proxy between us and the upstreams (UPSTREAM_PROXY, NO_PROXY), and the CONNECT request to it."""
+"""The HTTP proxies between us and the upstreams (UPSTREAM_PROXY, NO_PROXY), and the CONNECT request to one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
 
@@ -17,18 +18,26 @@ from dockerproxy.oci.names import Host
 _MAX_HEAD = 16 * 1024  # bytes; nginx's limit and half of Go's net/http for such a response; real ones are below 1 KiB
 
 
+class ProxyRefused(UpstreamUnreachable):
+    """The upstream proxy has answered and forbids the connection, so that another one is not tried."""
+
+
 @frozen
 class UpstreamProxy:
     """An HTTP proxy at `host`:`port`. `authorization` is the value of Proxy-Authorization.
 
     `no_proxy` holds the entries of NO_PROXY: `*`; a name, which also matches all names below it; `.name`, which matches
     only the names below; an address; a network. All but `*` and networks may have a `:port`.
+
+    If it does not answer, `others` are tried in their order, and at last a direct connection if `direct` is true.
     """
 
     host: str
     port: int
     authorization: str | None = field(default=None, repr=False)
     no_proxy: tuple[str, ...] = ()
+    others: tuple[UpstreamProxy, ...] = ()
+    direct: bool = False
 
     def applies_to(self, host: Host) -> bool:
         """Return whether to reach `host` through this proxy. Loopback hosts are always direct, as in Go's clients."""
@@ -40,20 +49,24 @@ class UpstreamProxy:
     def _authority(self) -> str:
         return Host(self.host, self.port).authority
 
-    def _connect_request(self, host: Host) -> bytes:
+    def _connect_request(self, host: Host, fields: Sequence[tuple[str, str]]) -> bytes:
         lines = [f"CONNECT {host.authority} HTTP/1.1", f"Host: {host.authority}"]
+        lines += [f"{name}: {value}" for name, value in fields]
         if self.authorization is not None:
             lines.append(f"Proxy-Authorization: {self.authorization}")
         return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
 
     def _refusal_error(self, host: Host, status: int) -> UpstreamUnreachable:
+        error_class = ProxyRefused if status < 500 else UpstreamUnreachable
         if status == 407:
             reason = "requires a (different) user name and password"
         elif status == 403:
             reason = "forbids the connection"
+        elif status == 508:
+            reason = "would connect through this one; the proxies in UPSTREAM_PROXY form a circle"
         else:
             reason = "refused the connection"
-        return UpstreamUnreachable(
+        return error_class(
             f"{host.authority}: the upstream proxy {self._authority} {reason} (status {status})", "proxy"
         )
 
@@ -90,13 +103,18 @@ def _parse_network(text: str) -> IPv4Network | IPv6Network | None:
 class ConnectFactory(Factory):
     """Makes protocols that request a tunnel to `host` from `proxy` and then run a protocol of `inner` on it.
 
+    The request has `fields` beside its own.
+
     `done` fires with the inner protocol once the tunnel is open, or fails with an `UpstreamError`.
     """
 
     noisy = False
 
-    def __init__(self, proxy: UpstreamProxy, host: Host, inner: IProtocolFactory) -> None:
+    def __init__(
+        self, proxy: UpstreamProxy, host: Host, inner: IProtocolFactory, fields: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self.proxy = proxy
+        self.fields = fields
         self.host = host
         self.inner = inner
         self.done: Deferred[IProtocol] = Deferred()
@@ -116,7 +134,8 @@ class _ConnectProtocol(Protocol):
 
     def connectionMade(self) -> None:
         assert self.transport is not None
-        self.transport.write(self._connect_factory.proxy._connect_request(self._connect_factory.host))
+        factory = self._connect_factory
+        self.transport.write(factory.proxy._connect_request(factory.host, factory.fields))
 
     def dataReceived(self, data: bytes) -> None:
         if self._inner is not None:

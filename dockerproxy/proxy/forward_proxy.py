@@ -25,11 +25,13 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, TLSTransport, start_inner_tls, upgrade_to_tls
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
+from dockerproxy.net.parent_circles import FIELD, ParentCircles
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import OwnAddressDenied, Policy
 from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
+_CIRCLES_FIELD = FIELD.lower()
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
@@ -86,7 +88,7 @@ class ForwardProxy:
     of the hosted registry would handle them without the proxy; `hosted_context_for` returns its TLS context for a name
     or address. `registry_ports` are the ports of its listeners with
     TLS, and `registry_http_ports` those without. A client that asks for one of them at an address of this machine is
-    served here, because TUNNEL_DENY forbids connections to such addresses.
+    served here, because TUNNEL_DENY forbids connections to such addresses. `circles` are given if there are parents.
     """
 
     clock: Any
@@ -95,6 +97,7 @@ class ForwardProxy:
     interception: Interception
     dialer: Dialer
     agent: HTTPAgent
+    circles: ParentCircles | None
     local: Handler
     hosted: Handler
     hosted_names: frozenset[str]
@@ -122,6 +125,8 @@ class ForwardProxy:
         host = authority_form(request.head.target)
         request.host = host.authority
         await self.login.check(request)
+        if self.circles is not None and (value := request.headers.joined(_CIRCLES_FIELD)) is not None:
+            self.circles.receive(host, value)
         registry = self.interception.registries.get(host)
         if registry is not None:
             context = self.interception.context_for(host)

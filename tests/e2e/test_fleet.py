@@ -15,7 +15,13 @@ from tests.e2e.harness import images
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.fake_registry import throttled
 from tests.e2e.harness.fleet import MemberDaemon, pull_blob, pulls, running_fleet, upstream_bytes
-from tests.e2e.harness.http_client import BufferedResponse, basic_authorization, read_response, request_directly
+from tests.e2e.harness.http_client import (
+    BufferedResponse,
+    basic_authorization,
+    read_response,
+    request_directly,
+    send_raw,
+)
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import BASIC, FAKE, Upstreams
@@ -214,3 +220,21 @@ def _accepts(member: TwistdDaemon) -> bool:
         return request_directly("GET", f"{member.url}/healthz").status == 200
     except OSError:
         return False
+
+
+def test_parents_that_form_a_circle_refuse(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Each is the other's proxy. A tunnel through both ends at once, with the reason."""
+    first, second = (TwistdDaemon(tmp_path / name, {**upstreams.settings, "WORKERS": "1"}) for name in ("a", "b"))
+    first.environment["UPSTREAM_PROXY"], second.environment["UPSTREAM_PROXY"] = second.url, first.url
+    try:
+        first.start()
+        second.start()
+        response = send_raw(
+            first.port, b"CONNECT elsewhere.example:443 HTTP/1.1\r\nHost: elsewhere.example:443\r\n\r\n"
+        )
+        assert response.startswith(b"HTTP/1.1 502 ")
+        assert "form a circle (status 508)" in second.output_text
+        assert first.output_text.count("CONNECT elsewhere.example:443") == 2  # of the client, and of the other one
+    finally:
+        first.stop()
+        second.stop()

@@ -14,6 +14,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from dockerproxy.errors import DestinationForbidden, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.net.dial import Dialer
+from dockerproxy.net.parent_circles import ParentCircles
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.names import Host
 from tests.support.resolvers import StaticResolver, system_resolver
@@ -25,6 +26,7 @@ class DialerTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.reactor = MemoryReactorClock()
         self.factory = Factory.forProtocol(Protocol)
+        self.protocols: dict[int, Any] = {}
 
     def dial(self, *addresses: str, host: Host = HOST, address_check: Any = None, **settings: Any) -> Deferred[Any]:
         self.resolver = StaticResolver({"registry.example": list(addresses), **settings.pop("names", {})})
@@ -37,8 +39,13 @@ class DialerTests(SynchronousTestCase):
 
     def accept(self, attempt: int) -> StringTransport:
         transport = StringTransport()
-        self.reactor.tcpClients[attempt][2].buildProtocol(None).makeConnection(transport)
+        protocol = self.reactor.tcpClients[attempt][2].buildProtocol(None)
+        protocol.makeConnection(transport)
+        self.protocols[attempt] = protocol
         return transport
+
+    def connected(self, attempt: int) -> Any:
+        return self.protocols[attempt]
 
     def refuse(self, attempt: int, error: Exception | None = None) -> None:
         factory, connector = self.reactor.tcpClients[attempt][2], self.reactor.connectors[attempt]
@@ -191,6 +198,65 @@ class DialerTests(SynchronousTestCase):
         self.reactor.advance(20)
         self.assertIn("registry.example:5000: timed out", str(self.failureResultOf(work, UpstreamTimeout).value))
         self.assertTrue(transport.disconnected)
+
+    def test_the_next_upstream_proxy_is_tried_if_one_does_not_answer(self) -> None:
+        names = {"first.example": ["192.0.2.8"], "second.example": ["192.0.2.9"]}
+        proxy = UpstreamProxy("first.example", 3128, others=(UpstreamProxy("second.example", 80),))
+        for end in ("refused", "silent", "no HTTP", "502"):
+            self.reactor = MemoryReactorClock()
+            self.dial(names=names, proxy=proxy)
+            if end == "refused":
+                self.refuse(0)
+            else:
+                self.accept(0)
+                answer = {"no HTTP": b"SSH-2.0-x\r\n\r\n", "502": b"HTTP/1.1 502 Bad\r\n\r\n"}.get(end)
+                protocol = self.connected(0)
+                if answer is None:
+                    self.reactor.advance(10)
+                else:
+                    protocol.dataReceived(answer)
+            self.assertEqual(self.targets, [("192.0.2.8", 3128), ("192.0.2.9", 80)], end)
+
+    def test_a_refusal_of_an_upstream_proxy_is_final(self) -> None:
+        proxy = UpstreamProxy("192.0.2.8", 3128, others=(UpstreamProxy("192.0.2.9", 80),), direct=True)
+        work = self.dial("192.0.2.1", proxy=proxy)
+        self.accept(0)
+        self.connected(0).dataReceived(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+        self.assertIn("forbids", str(self.failureResultOf(work, UpstreamUnreachable).value))
+        self.assertEqual(len(self.targets), 1)
+
+    def test_a_direct_connection_is_last_and_its_addresses_are_checked(self) -> None:
+        def address_check(address: str) -> None:
+            if address == "192.0.2.66":
+                raise DestinationForbidden(f"{address} is forbidden")
+
+        proxy = UpstreamProxy("192.0.2.8", 3128, direct=True)
+        self.dial("192.0.2.66", "192.0.2.1", proxy=proxy, address_check=address_check)
+        self.refuse(0)
+        self.assertEqual(self.targets, [("192.0.2.8", 3128), ("192.0.2.1", 5000)])
+
+    def test_a_proxy_that_did_not_answer_is_left_alone_for_30_seconds(self) -> None:
+        proxy = UpstreamProxy("192.0.2.8", 3128, direct=True)
+        dialer = Dialer(self.reactor, StaticResolver({"registry.example": ["192.0.2.1"]}), proxy=proxy)
+        dialer.endpoint(HOST).connect(self.factory)
+        self.refuse(0)
+        for seconds, target in ((29.0, ("192.0.2.1", 5000)), (1.0, ("192.0.2.8", 3128))):
+            self.reactor.advance(seconds)
+            dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+            self.assertEqual(self.targets[-1], target)
+
+    def test_the_first_error_is_raised_if_no_proxy_answers(self) -> None:
+        work = self.dial(proxy=UpstreamProxy("192.0.2.8", 3128, others=(UpstreamProxy("192.0.2.9", 80),)))
+        self.refuse(0)
+        self.refuse(1)
+        self.assertIn("192.0.2.8:3128", str(self.failureResultOf(work, UpstreamUnreachable).value))
+
+    def test_proxies_learn_where_a_request_has_come_from(self) -> None:
+        circles = ParentCircles("0" * 16, self.reactor.seconds)
+        circles.receive(HOST, f"docker-registry-proxy;by={'1' * 16}")
+        self.dial(proxy=UpstreamProxy("192.0.2.8", 3128), circles=circles).addErrback(lambda _: None)
+        field = f"CDN-Loop: docker-registry-proxy;by={'1' * 16}, docker-registry-proxy;by={'0' * 16}\r\n"
+        self.assertIn(field.encode(), self.accept(0).value())
 
     def test_no_proxy_host_is_dialled_directly(self) -> None:
         self.dial("192.0.2.1", proxy=UpstreamProxy("192.0.2.9", 3128, None, ("registry.example",)))

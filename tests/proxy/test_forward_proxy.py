@@ -83,6 +83,7 @@ class ProxyHarness:
         dialer = Dialer(self.reactor, self.resolver, connect_timeout=20)
         return ForwardProxy(
             clock=self.reactor,
+            circles=None,
             policy=make_policy(**changes),
             login=ProxyLogin(None),
             interception=Interception({QUAY.host: QUAY, PLAIN.host: PLAIN}, no_context, registry),

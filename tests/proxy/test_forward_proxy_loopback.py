@@ -132,6 +132,7 @@ class ForwardProxyLoopbackCase(TestCase):
         registries = {registry.host: registry for registry in (QUAY, PLAIN_HTTP, ADDRESS, IPV6)}
         return ForwardProxy(
             clock=self.clock,
+            circles=None,
             policy=Policy(
                 AddressSet.parse("loopback"),
                 frozenset({self.server_port}),
