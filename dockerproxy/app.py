@@ -22,6 +22,7 @@ from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.live import LiveFeed
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.resolver import CACHED, StoreView
+from dockerproxy.admin.page_desk import PageDeskClient
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
@@ -36,7 +37,7 @@ from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import DOWNLOADS, TUNNELS, Metrics
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.errors import RegistryError
+from dockerproxy.errors import RegistryError, ServiceOverloaded
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
@@ -50,6 +51,8 @@ from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import kind_of
+from dockerproxy.page.sign_in import SignIn
+from dockerproxy.page.site import BrowserPage, Place
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
@@ -71,6 +74,7 @@ from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.pull_gatherer import NEWS, PullGatherer, Row
+from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
@@ -124,8 +128,9 @@ class SharedServices:
     logins that are refused, `report_pull` of GETs of manifests, and `report_refusal` of the addresses of clients that
     refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
     not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
-    questions of the page and the API. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
-    is true if the daemon has several processes.
+    questions of the page and the API. `page_desk` has the page's sessions and does what administrators ask for.
+    `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true if the daemon has several
+    processes.
     """
 
     state: StateDirectory
@@ -141,6 +146,7 @@ class SharedServices:
     board: Board
     board_part: BoardPart
     overview: Overview
+    page_desk: PageDeskClient
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -194,14 +200,17 @@ class ProxyServer:
     metrics: Metrics
     live: LiveFeed
     fleet: Fleet | None
+    sign_in: SignIn
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
         # First, because it may raise.
-        access_control = build_access_control(self._reactor, settings, self.pools, self.state)
+        users = open_registry_users(self._reactor, settings, self.pools, self.state)
+        access_control = build_access_control(settings, users, self.state)
         proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
+        configure_sign_in(self.sign_in, settings, users, access_control)
         set_hosted_rules(self.hosted_app.rules, settings)
         self.browser_protection.host_rule = build_host_rule(settings)
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
@@ -275,7 +284,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     api = RegistryAPI(reactor)
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
-    access_control = build_access_control(reactor, settings, pools, shared.state)
+    users = open_registry_users(reactor, settings, pools, shared.state)
+    access_control = build_access_control(settings, users, shared.state)
     disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
     hosted_store = LocalHostedStore.from_tree(
         reactor, disk, hosted_tree, parser, shared.state.registry_secret, time.time
@@ -325,24 +335,38 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         reactor, shared.board, shared.board_part, shared.metrics, records, places, shared.cache_space.usage, time.time
     )
     api_requests = api_shares()
-    api_handler = API(shared.overview, live, partial(anonymous_viewer, hosted_app), api_requests)
-    api_pages: dict[str, Handler] = {API_PREFIX: api_handler.handle}
-    pages_for = partial(
-        builtin_endpoints,
-        authority.certificate_pem,
-        metrics_handler,
-        ready_handler,
-        registries=lambda: [host.name for host in registries.intercepted],
-        hosted=settings.registry_hostname[0],
-    )
-    proxy_pages = {**pages_for(proxy_port(settings), on_proxy_port=True), **api_pages}
-    proxy_router = Router(registries_for(mirror_by_default=True).handle, proxy_pages, browser_protection, respond_error)
-    registry_router = Router(
-        registries_for(mirror_by_default=False).handle,
-        {**pages_for(proxy_port(settings)), **api_pages},
-        browser_protection,
-        respond_error,
-    )
+    sign_in = SignIn(shared.page_desk, partial(note_sign_in, audit))
+    configure_sign_in(sign_in, settings, users, access_control)
+    api_handler = API(shared.overview, live, sign_in.viewer_of, api_requests)
+    page_requests = ClientShares("requests for the page", limit=256, share=128)
+
+    def router(*, on_proxy_port: bool) -> Router:
+        page = BrowserPage(
+            reactor,
+            time.time,
+            sign_in,
+            shared.overview,
+            report_health,
+            shared.page_desk.act,
+            Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
+            lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
+            page_requests,
+            on_proxy_port=on_proxy_port,
+        )
+        endpoints = builtin_endpoints(
+            authority.certificate_pem,
+            metrics_handler,
+            ready_handler,
+            proxy_port(settings),
+            registries=lambda: [host.name for host in registries.intercepted],
+            hosted=settings.registry_hostname[0],
+            on_proxy_port=on_proxy_port,
+        )
+        pages = {**endpoints, **page.pages(endpoints["/"]), API_PREFIX: api_handler.handle}
+        handler = registries_for(mirror_by_default=on_proxy_port).handle
+        return Router(handler, pages, browser_protection, respond_error, page.forms)
+
+    proxy_router, registry_router = router(on_proxy_port=True), router(on_proxy_port=False)
     direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
     transfers = Transfers()
     forward_proxy = ForwardProxy(
@@ -404,6 +428,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             metrics_requests,
             live.viewers,
             api_requests,
+            page_requests,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
@@ -418,13 +443,27 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         shared.metrics,
         live,
         fleet,
+        sign_in,
         reactor,
     )
 
 
-async def anonymous_viewer(hosted_app: HostedRegistryApp, request: Request) -> Viewer:
-    """Return the viewer that sends `request`."""
-    return Viewer(reads_hosted=not hosted_app.access_control.reading_needs_login)
+def configure_sign_in(
+    sign_in: SignIn, settings: Settings, users: HtpasswdFile | None, access_control: AccessControl
+) -> None:
+    """Apply PAGE, ADMIN_USERS, HTPASSWD_FILE and ANONYMOUS_PULL."""
+    sign_in.page, sign_in.administrators, sign_in.users = settings.page, settings.admin_users, users
+    sign_in.anonymous_reads_hosted = not access_control.reading_needs_login
+
+
+def note_sign_in(audit: AuditLog, request: Request, action: str, user: str | None, accepted: bool) -> None:
+    """Record that somebody has signed in to the page or out of it, or was refused."""
+    audit.record(Principal.of(request, user), action, "the page", "accepted" if accepted else "refused")
+
+
+async def report_health(quick: bool, viewer: Viewer) -> dict[str, Any]:
+    """Return the health report that `viewer` may read."""
+    raise ServiceOverloaded("the health of this server is not known", headers=[("Retry-After", "10")])
 
 
 def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:
@@ -650,15 +689,20 @@ def build_host_rule(settings: Settings) -> HostRule:
     return HostRule(local.names | set(settings.registry_hostname) | public, local.domains, settings.allowed_hosts)
 
 
-def build_access_control(reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory) -> AccessControl:
-    """Return the access control of the hosted registry by HTPASSWD_FILE and ANONYMOUS_PULL.
-
-    Raise `HtpasswdError`, OSError or ValueError.
-    """
+def open_registry_users(
+    reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory
+) -> HtpasswdFile | None:
+    """Return the users in HTPASSWD_FILE, or None if it is not set. Raise `HtpasswdError` or OSError."""
     if settings.htpasswd_file is None:
+        return None
+    return HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, state.registry_secret)
+
+
+def build_access_control(settings: Settings, users: HtpasswdFile | None, state: StateDirectory) -> AccessControl:
+    """Return the access control of the hosted registry, whose `users` are those in HTPASSWD_FILE."""
+    if users is None:
         return AllowAll()
     realm, secret = settings.registry_hostname[0], state.registry_secret
-    users = HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, secret)
     if not settings.anonymous_pull:
         return RequireLogin(users, realm)
     return AnonymousPull(users, settings.registry_hostname, secret, time.time, settings.registry_url)
@@ -685,6 +729,11 @@ def proxy_port(settings: Settings) -> int:
     """Return the port of the first endpoint of PROXY_LISTEN."""
     (port,) = listening_ports(settings.proxy_listen[:1], 3128)
     return port
+
+
+def tls_port(settings: Settings) -> int | None:
+    """Return a port on which the page is reached over TLS, None if there is none."""
+    return next(iter(listening_ports([*settings.proxy_tls_listen, *settings.registry_listen][:1], 443)), None)
 
 
 def listening_ports(descriptions: Iterable[str], systemd_port: int) -> frozenset[int]:

@@ -210,6 +210,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     pins.add_argument("--all", action="store_true", help="with --refresh: all of them now")
     add_command("doctor", "doctor:diagnose", "check this server and its registries: what is wrong, and what to do")
+    add_command("page", "page:page", "print a link that signs a browser in to the page as administrator")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
     return parser
 

@@ -118,6 +118,16 @@ def path(text: str) -> Path:
     return Path(text).absolute()
 
 
+def user_names(text: str) -> frozenset[str]:
+    """Parse the names of users in an htpasswd file, separated by spaces or commas."""
+    names = text.replace(",", " ").split()
+    for name in names:
+        user, colon, _ = name.partition(":")  # a password, or its hash, may follow
+        if colon:
+            raise ValueError(f"{redacted_repr(f'{user}:…')} is not the name of a user, which has no colon")
+    return frozenset(names)
+
+
 def regex(text: str) -> re.Pattern[str]:
     """Parse a regular expression for tags. Tags are ASCII.
 

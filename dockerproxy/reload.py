@@ -2,8 +2,8 @@
 
 These are REGISTRIES, AUTH_REGISTRIES with its delimiters, CREDENTIAL_HELPERS, DOCKER_CONFIG_FILE, PROXY_HTPASSWD_FILE,
 HTPASSWD_FILE, ANONYMOUS_PULL, REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS,
-REGISTRY_URL, RATE_RESERVE and PIN_FILE. The code that uses them holds a mapping or an object that is modified in place,
-so a reload closes no connection and interrupts no transfer.
+PAGE, ADMIN_USERS, REGISTRY_URL, RATE_RESERVE and PIN_FILE. The code that uses them holds a mapping or an object that is
+modified in place, so a reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ RELOADABLE = {
     "cors_origins",
     "rate_reserve",
     "pin_file",
+    "page",
+    "admin_users",
     "warnings",
 }
 """The attributes of `Settings` that a reload applies."""

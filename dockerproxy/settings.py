@@ -115,6 +115,8 @@ class Settings:
     max_connections_per_client: int | None = _setting(parsers.integer(1, 1_000_000))
     allowed_hosts: tuple[HostPattern, ...] | None = _setting(parsers.allowed_hosts, "")
     cors_origins: tuple[str, ...] = _setting(parsers.origins, "")
+    page: str = _setting(parsers.one_of("public", "users", "admin", "off"), "public")
+    admin_users: frozenset[str] = _setting(parsers.user_names, "")
     proxy_htpasswd_file: Path | None = _setting(parsers.path)
     tunnel_ports: frozenset[int] = _setting(parsers.ports, "443")
     tunnel_allow: Destinations = _setting(Destinations.parse, "all")

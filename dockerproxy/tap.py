@@ -28,10 +28,14 @@ from dockerproxy.admin.control import (
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.diagnosis import handle_doctor
 from dockerproxy.admin.history import HistoryHandlers
+from dockerproxy.admin.image_actions import ImageActions
 from dockerproxy.admin.operations import OperationHistory, Operations
 from dockerproxy.admin.overview import LocalOverview, OverviewSources
+from dockerproxy.admin.page_desk import PageDesk
 from dockerproxy.admin.pulls import PullService
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.admin.sessions import Sessions
+from dockerproxy.admin.sign_in_links import SignInLinks
 from dockerproxy.admin.summary import Summaries
 from dockerproxy.admin.why import Explainer
 from dockerproxy.app import (
@@ -43,6 +47,7 @@ from dockerproxy.app import (
     build_site,
     log_access,
     open_certificates,
+    proxy_port,
 )
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.ended_logins import EndedLogins
@@ -69,7 +74,6 @@ from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
-from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
@@ -78,7 +82,6 @@ from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.daily_pulls import DailyPulls
 from dockerproxy.store.disk_access import DiskAccess
-from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.journal import BackgroundJournal
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
@@ -207,6 +210,19 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
+    stores = [StoreView(HOSTED, state.registry), StoreView(CACHED, state.cache)]
+    resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
+    deleter = Deleter(
+        reactor, server.registry_disk, server.hosted_tree, cache_space, state.open_records(), server.audit
+    )
+    sessions = Sessions(reactor.seconds)
+    actions = ImageActions(
+        reactor, resolver, deleter, operations, server.registry_disk, str(state.registry.root), pulls
+    )
+    sign_in_links = SignInLinks(
+        sessions, lambda: server.sign_in.is_off, proxy_port(settings), settings.registry_hostname[0]
+    )
+    shared_state.page_desk = PageDesk(sessions, actions).answer
     report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (
@@ -226,12 +242,12 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             reactor,
             settings,
             state,
-            server.hosted_tree,
+            resolver,
+            deleter,
             cache_space,
             operations,
             server.hosted_app.rules,
             server.registry_disk,
-            server.audit,
             shared_state.ended_logins,
             report,
             partial(daemon_facts, server, workers.supervisor, listener_service, authority),
@@ -242,6 +258,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
                 **pulls.handlers,
                 ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
                 **HistoryHandlers(reactor, pull_history, explainer, time.time).handlers,
+                **sign_in_links.handlers,
             },
             pull_history.counts.pulls,
             overview.sources,
@@ -586,12 +603,12 @@ def build_control_socket(
     reactor: Any,
     settings: Settings,
     state: StateDirectory,
-    store: HostedTree,
+    resolver: ImageResolver,
+    deleter: Deleter,
     cache_space: CacheSpaceManager,
     operations: Operations,
     rules: HostedRules,
     registry_disk: DiskAccess,
-    audit: AuditLog,
     ended_logins: EndedLogins,
     debug_report: DebugReport,
     facts: DaemonFacts,
@@ -604,13 +621,11 @@ def build_control_socket(
 
     The `sources` of the overview get its reports.
     """
-    stores = [StoreView(HOSTED, store.layout), StoreView(CACHED, state.cache)]
-    resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     control = Control(
         reactor,
         resolver,
         cache_space,
-        Deleter(reactor, registry_disk, store, cache_space, state.open_records(), audit),
+        deleter,
         operations,
         rules,
         registry_disk,

@@ -42,6 +42,7 @@ ALLOWED = {
     "reload": {"daemon", "registry", "settings", "upstream", "oci"},
     "admin": {"cache", "daemon", "registry", "proxy", "store", "http", "oci", "errors"},
     "doctor": {"daemon", "net", "oci", "proxy", "settings", "store", "upstream", "errors"},
+    "page": {"__init__", "admin", "terminal", "registry", "http", "oci", "errors"},
     "workers": {"cache", "store", "upstream", "daemon", "http", "oci", "errors"},
     "operations": {"store"},  # a process of its own, which starts fast and takes little memory
     "terminal": set(),
@@ -83,6 +84,7 @@ PURE_MODULES = {
     "proxy.trusted_proxies", "registry.login_throttle",
     "http.connection_state", "http.headers", "http.message", "http.security_fields",
     "http.cross_origin", "upstream.http1",
+    "page.charts", "page.setups", "page.views", "page.words",
     "net.store_location", "bucket.s3_xml", "bucket.store_errors",
     "upstream.retry", "upstream.urls", "cache.freshness", "store.eviction",
     "fleet.members", "fleet.hop", "fleet.relays", "net.parent_circles",

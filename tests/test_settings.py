@@ -615,6 +615,8 @@ INVALID = [
     ("ALLOWED_HOSTS", "http://a.example", "'http://a.example' is not a host name"),
     ("ALLOWED_HOSTS", "*", "'*' is not a host name without a port, such as proxy.example.com or *.example.com, nor"),
     ("ALLOWED_HOSTS", "a.*.example", "'a.*.example' is not a host name"),
+    ("PAGE", "private", "'private' is not one of public, users, admin, off"),
+    ("ADMIN_USERS", "alice:secret", "'alice:…' is not the name of a user"),
     ("CORS_ORIGINS", "*", "'*' is not allowed, because then every web page could read and change this registry"),
     ("CORS_ORIGINS", "ui.example.com", "'ui.example.com' is not the origin of a web page, such as https://"),
     ("CORS_ORIGINS", "https://ui.example.com/path", "'https://ui.example.com/path' is not the origin of a web page"),

@@ -172,6 +172,16 @@ class PullService(Service):
         log.info("{principal} unpinned {image}", principal=str(principal), image=str(image))
         self._audit.record(principal, "unpin", str(image))
 
+    async def refresh(self, principal: Principal, name: str) -> None:
+        """Ask the registry for an image now, and fetch in the background what is new.
+
+        Raise `NameInvalid`, `NameUnknown` if its registry is not cached here, or `ServiceOverloaded`.
+        """
+        image = ImageName.parse(name)
+        pin = self._pins.get(image)
+        self._begin(self._puller.prepare(PullRequest(image) if pin is None else _request_of(pin)))
+        self._audit.record(principal, "refresh", str(image))
+
     def is_pinned(self, key: str, name: str | None = None) -> bool:
         """Return whether the tag or digest `name` of the repository `key`, or anything of it, is pinned."""
         return self._pins.is_pinned(key, name)

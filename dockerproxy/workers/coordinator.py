@@ -45,14 +45,20 @@ class Coordinator(CacheSpace, Protocol):
         self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]
     ) -> dict[str, Any]: ...
 
+    async def ask_page_desk(self, question: str, arguments: Sequence[Any]) -> dict[str, Any]: ...
+
 
 Answer = Callable[[str, Sequence[Any], Mapping[str, str]], Awaitable[dict[str, Any]]]
 """Answers a question about the daemon with a JSON object; see `admin.overview`."""
 
 
+PageAnswer = Callable[[str, Sequence[Any]], Awaitable[dict[str, Any]]]
+"""Answers a question of the page with a JSON object; see `admin.page_desk`."""
+
+
 @define
 class SharedState:
-    """The shared state in the main process. `overview` answers once it is set, while the daemon is built.
+    """The shared state in the main process. `overview` and `page_desk` answer once they are set, at the start.
 
     `owners` maps each reserved download to the coordinator of its process. A process may take over an ingest before we
     learn that its previous writer released it. A release is therefore ignored if another process has reserved the same
@@ -69,6 +75,7 @@ class SharedState:
     doctor_report: Callable[[bool], Awaitable[dict[str, Any]]] | None = None  # once the daemon has been built
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
     overview: Answer | None = field(default=None, init=False)
+    page_desk: PageAnswer | None = field(default=None, init=False)
 
 
 @define(eq=False)
@@ -188,6 +195,14 @@ class LocalCoordinator(Coordinator):
         assert self._shared.doctor_report is not None
         return await self._shared.doctor_report(quick)
 
+    # the page
+
+    async def ask_page_desk(self, question: str, arguments: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer of the main process to a question of the page."""
+        if self._shared.page_desk is None:
+            raise RuntimeError("the page asks before the daemon is built")
+        return await self._shared.page_desk(question, arguments)
+
     # the end
 
     def close(self) -> None:
@@ -233,6 +248,7 @@ _ARGUMENT_PARSERS: Mapping[str, tuple[Callable[[Any], Any], ...]] = {
     "report_pull": (str, str),
     "report_refusal": (str,),
     "doctor_report": (bool,),
+    "ask_page_desk": (str, list),
 }
 """The methods of `LocalCoordinator` that a worker calls by RPC, with the parsers of their arguments."""
 

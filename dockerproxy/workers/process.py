@@ -16,6 +16,7 @@ from twisted.internet.main import installReactor
 from twisted.logger import Logger, globalLogPublisher
 
 from dockerproxy.admin.overview import Overview
+from dockerproxy.admin.page_desk import PageDeskClient
 from dockerproxy.app import SharedServices, build_server, build_silent_servers, raise_descriptor_limit
 from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import Bindings
@@ -91,6 +92,7 @@ class ForkedState:
             self.board,
             self.board.for_process(number),
             Overview(coordinator.get_overview),
+            PageDeskClient(coordinator.ask_page_desk),
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,

@@ -18,7 +18,7 @@ from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
-_OVERVIEW_TIMEOUT = 10.0  # seconds
+_ANSWER_TIMEOUT = 10.0  # seconds until people are told that the main process does not answer
 
 
 class RemoteCoordinator(Coordinator):
@@ -96,13 +96,20 @@ class RemoteCoordinator(Coordinator):
 
     async def get_overview(self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
         """Return the answer of the main process. Raise `ServiceOverloaded` if there is none in time."""
-        call = Deferred.fromCoroutine(self._rpc.call("get_overview", resource, list(viewer), dict(arguments)))
+        return await self._ask("get_overview", resource, list(viewer), dict(arguments))
+
+    async def ask_page_desk(self, question: str, arguments: Sequence[Any]) -> dict[str, Any]:
+        """Return the answer of the main process. Raise `ServiceOverloaded` if there is none in time."""
+        return await self._ask("ask_page_desk", question, list(arguments))
+
+    async def _ask(self, name: str, *arguments: Any) -> dict[str, Any]:
+        call = Deferred.fromCoroutine(self._rpc.call(name, *arguments))
         try:
-            answer: dict[str, Any] = await call.addTimeout(_OVERVIEW_TIMEOUT, self._reactor)
+            answer: dict[str, Any] = await call.addTimeout(_ANSWER_TIMEOUT, self._reactor)
         except (RemoteError, TimeoutError):
             raise ServiceOverloaded(
-                f"the main process of docker-registry-proxy has not answered within {_OVERVIEW_TIMEOUT:.0f} seconds",
-                headers=[("Retry-After", f"{_OVERVIEW_TIMEOUT:.0f}")],
+                f"the main process of docker-registry-proxy has not answered within {_ANSWER_TIMEOUT:.0f} seconds",
+                headers=[("Retry-After", f"{_ANSWER_TIMEOUT:.0f}")],
             ) from None
         return answer
 
