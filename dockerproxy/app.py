@@ -21,8 +21,8 @@ from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
 from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.live import LiveFeed
 from dockerproxy.admin.overview import Overview
-from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.page_desk import PageDeskClient
+from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
@@ -37,7 +37,8 @@ from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import DOWNLOADS, TUNNELS, Metrics
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.errors import RegistryError, ServiceOverloaded
+from dockerproxy.doctor.findings import public_report
+from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
@@ -73,8 +74,8 @@ from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
-from dockerproxy.registry.pull_gatherer import NEWS, PullGatherer, Row
 from dockerproxy.registry.principal import Principal
+from dockerproxy.registry.pull_gatherer import NEWS, PullGatherer, Row
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
@@ -120,6 +121,10 @@ OnRequestFinished = Callable[[Request, float], None]
 """Callback for a finished request, with its duration in seconds."""
 
 
+DoctorReport = Callable[[bool], Awaitable[dict[str, Any]]]
+"""Returns the report of the doctor; True asks for a quick one. Raises `ServiceOverloaded`."""
+
+
 @frozen
 class SharedServices:
     """The state and the services that all processes of the daemon share.
@@ -129,8 +134,8 @@ class SharedServices:
     refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
     not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
     questions of the page and the API. `page_desk` has the page's sessions and does what administrators ask for.
-    `bindings` maps issued tokens to the clients they were issued to. `multi_process` is true if the daemon has several
-    processes.
+    `doctor_report` asks the doctor. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
+    is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -147,6 +152,7 @@ class SharedServices:
     board_part: BoardPart
     overview: Overview
     page_desk: PageDeskClient
+    doctor_report: DoctorReport
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -346,7 +352,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             time.time,
             sign_in,
             shared.overview,
-            report_health,
+            partial(report_health, shared.doctor_report),
             shared.page_desk.act,
             Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
             lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
@@ -461,9 +467,10 @@ def note_sign_in(audit: AuditLog, request: Request, action: str, user: str | Non
     audit.record(Principal.of(request, user), action, "the page", "accepted" if accepted else "refused")
 
 
-async def report_health(quick: bool, viewer: Viewer) -> dict[str, Any]:
+async def report_health(doctor_report: DoctorReport, quick: bool, viewer: Viewer) -> dict[str, Any]:
     """Return the health report that `viewer` may read."""
-    raise ServiceOverloaded("the health of this server is not known", headers=[("Retry-After", "10")])
+    report = await doctor_report(quick)
+    return report if viewer.is_admin else public_report(report)
 
 
 def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:

@@ -93,6 +93,7 @@ class ForkedState:
             self.board.for_process(number),
             Overview(coordinator.get_overview),
             PageDeskClient(coordinator.ask_page_desk),
+            coordinator.doctor_report,
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,

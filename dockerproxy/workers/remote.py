@@ -18,6 +18,7 @@ from dockerproxy.workers.rpc import RPC, RemoteError
 
 _USE_REPORT_INTERVAL = 5.0  # seconds over which uses of blobs are collected into one message
 _MAX_USES_PER_REPORT = 1000  # uses in one message
+_DOCTOR_TIMEOUT = 20.0  # seconds; a run takes at most 15
 _ANSWER_TIMEOUT = 10.0  # seconds until people are told that the main process does not answer
 
 
@@ -102,13 +103,13 @@ class RemoteCoordinator(Coordinator):
         """Return the answer of the main process. Raise `ServiceOverloaded` if there is none in time."""
         return await self._ask("ask_page_desk", question, list(arguments))
 
-    async def _ask(self, name: str, *arguments: Any) -> dict[str, Any]:
+    async def _ask(self, name: str, *arguments: Any, timeout: float = _ANSWER_TIMEOUT) -> dict[str, Any]:
         call = Deferred.fromCoroutine(self._rpc.call(name, *arguments))
         try:
-            answer: dict[str, Any] = await call.addTimeout(_ANSWER_TIMEOUT, self._reactor)
+            answer: dict[str, Any] = await call.addTimeout(timeout, self._reactor)
         except (RemoteError, TimeoutError):
             raise ServiceOverloaded(
-                f"the main process of docker-registry-proxy has not answered within {_ANSWER_TIMEOUT:.0f} seconds",
+                f"the main process of docker-registry-proxy has not answered within {timeout:.0f} seconds",
                 headers=[("Retry-After", f"{_ANSWER_TIMEOUT:.0f}")],
             ) from None
         return answer
@@ -122,9 +123,8 @@ class RemoteCoordinator(Coordinator):
         self._rpc.hint("report_refusal", client)
 
     async def doctor_report(self, quick: bool) -> dict[str, Any]:
-        """Return the report of the main process's `Doctor`. Raise `RemoteError`."""
-        report: dict[str, Any] = await self._rpc.call("doctor_report", quick)
-        return report
+        """Return the report of the main process's `Doctor`. Raise `ServiceOverloaded` if there is none in time."""
+        return await self._ask("doctor_report", quick, timeout=_ANSWER_TIMEOUT if quick else _DOCTOR_TIMEOUT)
 
     def _report_uses(self) -> None:
         digests, self._unreported_uses = self._unreported_uses, set()
