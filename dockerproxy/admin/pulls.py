@@ -162,12 +162,7 @@ class PullService(Service):
 
     async def unpin(self, principal: Principal, name: str) -> None:
         """Let the image leave the cache again. Raise `NameInvalid`, `NameUnknown`, or `Denied` if PIN_FILE has it."""
-        image = ImageName.parse(name)
-        pin = self._pins.get(image)
-        if pin is None:
-            raise NameUnknown(f"{image} is not pinned")
-        if pin.in_file:
-            raise Denied(f"{image} is in {self._pin_file}; remove its line there")
+        image = self._unpinnable(name)
         await self._pins.remove(image)
         log.info("{principal} unpinned {image}", principal=str(principal), image=str(image))
         self._audit.record(principal, "unpin", str(image))
@@ -181,6 +176,15 @@ class PullService(Service):
         pin = self._pins.get(image)
         self._begin(self._puller.prepare(PullRequest(image) if pin is None else _request_of(pin)))
         self._audit.record(principal, "refresh", str(image))
+
+    def _unpinnable(self, name: str) -> ImageName:
+        """Return the pinned image `name`. Raise as `unpin` does."""
+        pin = self._pins.get(ImageName.parse(name))
+        if pin is None:
+            raise NameUnknown(f"{ImageName.parse(name)} is not pinned")
+        if pin.in_file:
+            raise Denied(f"{pin.image} is in {self._pin_file}; remove its line there")
+        return pin.image
 
     def is_pinned(self, key: str, name: str | None = None) -> bool:
         """Return whether the tag or digest `name` of the repository `key`, or anything of it, is pinned."""
@@ -251,13 +255,24 @@ class PullService(Service):
             log.info("{image} is no longer pinned, because PIN_FILE does not have it", image=str(pin.image))
 
     async def _fetch_new_pins(self) -> None:
-        await self._read_pin_file()
-        for order in self._orders_of([pin for pin in self._pins if not pin.contents]):
+        try:
+            await self._read_pin_file()
+        except OSError as error:
+            log.error("PIN_FILE is not applied: {path}: {reason}", path=error.filename, reason=error.strerror)
+        for order in await self._orders_of([pin for pin in self._pins if not pin.contents]):
             if order.pull is not None:
                 self._begin(order.pull)
 
-    def _orders_of(self, pins: Iterable[Pin]) -> list[_Order]:
-        return [self._order(str(pin.image), _request_of(pin)) for pin in pins]
+    async def _orders_of(self, pins: Iterable[Pin]) -> list[_Order]:
+        """Return the pulls of `pins`. Note the problem of a pin that cannot be pulled, such as that of REGISTRIES."""
+        orders = []
+        for pin in pins:
+            order = self._order(str(pin.image), _request_of(pin))
+            if order.problem and order.problem != pin.error:
+                log.error("{image} is not pulled: {problem}", image=order.name, problem=order.problem)
+                await self._pins.update(pin.image, error=order.problem)
+            orders.append(order)
+        return orders
 
     # pulls
 
@@ -381,13 +396,12 @@ class PullService(Service):
 
     async def _handle_unpin(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         arguments = parse_body(await request.read_all(MAX_BODY), UNPIN, "images")
-        for name in arguments["images"]:
-            pin = self._pins.get(ImageName.parse(name))
-            if pin is None:
-                raise NameUnknown(f"{ImageName.parse(name)} is not pinned (nothing was changed)")
-        for name in arguments["images"]:
+        images = {
+            self._unpinnable(name): name for name in arguments["images"]
+        }  # first, so that a wrong one changes nothing
+        for name in images.values():
             await self.unpin(principal, name)
-        unpinned = [str(ImageName.parse(name)) for name in arguments["images"]]
+        unpinned = list(map(str, images))
         request.respond(200, JSON_FIELDS, json.dumps({"unpinned": unpinned}).encode())
 
     async def _handle_refresh(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
@@ -398,7 +412,7 @@ class PullService(Service):
         due = [pin for pin in self._pins if every or pin.is_due(now) or pin.image in missing]
         for problem in self._problems:
             response.send("problem", message=problem)
-        await self._pull(self._orders_of(due), response)
+        await self._pull(await self._orders_of(due), response)
 
     async def _handle_pull(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         arguments = parse_body(await request.read_all(MAX_BODY), PULL, "images")

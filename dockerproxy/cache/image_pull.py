@@ -28,6 +28,7 @@ from dockerproxy.errors import (
     NameUnknown,
     RegistryError,
     SizeInvalid,
+    Unauthorized,
     UpstreamRefused,
 )
 from dockerproxy.oci.content import ManifestResponse
@@ -327,9 +328,11 @@ class ImagePuller:
                     await response.content.wait_verified()
                 finally:
                     response.content.close()
-        if not self._blobs.exists(digest):
+        size = self._blobs.size(digest)
+        if size is None:
             reason = None if download is None else download.failure
             raise InsufficientStorage(f"{digest} was not cached: {reason or 'it was evicted at once'}")
+        pull.contents[digest] = size  # a manifest may have lied about it
         pull.present.add(digest)
 
     async def fetch_referrers(self, pull: ImagePull) -> None:
@@ -372,8 +375,10 @@ def describe_failure(pull: ImagePull, error: RegistryError) -> str:
     """Return the sentence of a pull that failed."""
     image = pull.request.image
     if isinstance(error, UpstreamRefused) and error.status == 404:
+        if pull.state is PullState.DOWNLOADING:
+            return f"{image.host} does not have all that {image.repository} consists of"
         return f"{image.host} has no {image.repository}:{image.reference}"
-    if error.status in (401, 403) and not isinstance(error, InsufficientStorage):
+    if isinstance(error, UpstreamRefused | Unauthorized) and error.status in (401, 403):
         return (
             f"{image.host} does not let us read {image.repository} ({error.message}); AUTH_REGISTRIES may have a login"
         )

@@ -160,7 +160,7 @@ class Pins:
         self._lock = DeferredLock()
         self._pins: dict[ImageName, Pin] = {}
         self._uses: Counter[Digest] = Counter()  # in how many pins it is
-        self._sizes: dict[Digest, int] = {}  # with `cost`, as the first pin gave them
+        self._sizes: dict[Digest, int] = {}  # with `cost`, the largest that a pin gave
         self._names: Counter[tuple[str, str]] = Counter()  # repositories with digests and tags that stay
         self.bytes = 0
         """The bytes of all contents."""
@@ -173,12 +173,16 @@ class Pins:
         self._keep, self._stop_keeping = keep, stop_keeping
 
     def load(self) -> None:
-        """Read the pins from disk, before anything is evicted. Blocks. Raises `OSError`."""
-        for entry in list(self._records.walk(PIN)):
-            record = self._records.read(entry)
+        """Read the pins from disk, before anything is evicted. Blocks."""
+        try:
+            entries = list(self._records.walk(PIN))
+        except OSError as error:
+            log.error("the pins cannot be read: {path}: {reason}", path=error.filename, reason=error.strerror)
+            return
+        for entry in entries:
             try:
-                pin: Pin | None = Pin.from_record(record or {})
-            except ValueError:
+                pin: Pin | None = Pin.from_record(self._records.read(entry) or {})
+            except (ValueError, OSError):
                 pin = self._damaged(entry)
             if pin is not None:
                 self._replace(self._pins.get(pin.image), pin)
@@ -242,7 +246,7 @@ class Pins:
 
     def _check_room(self, old: Pin | None, new: Pin) -> None:
         before = {} if old is None else old.contents
-        added = sum(size + self._cost for digest, size in new.contents.items() if digest not in self._sizes)
+        added = sum(self._growth(digest, size) for digest, size in new.contents.items())
         freed = sum(self._sizes[digest] for digest in before if self._uses[digest] == 1 and digest not in new.contents)
         if added > freed and self.bytes + added - freed > self.limit:
             raise Denied(
@@ -268,11 +272,16 @@ class Pins:
     def _add_contents(self, pin: Pin) -> None:
         added = [digest for digest in pin.contents if digest not in self._sizes]
         self._uses.update(pin.contents.keys())
-        for digest in added:
-            self._sizes[digest] = pin.contents[digest] + self._cost
-            self.bytes += self._sizes[digest]
+        for digest, size in pin.contents.items():
+            growth = self._growth(digest, size)
+            self._sizes[digest] = self._sizes.get(digest, 0) + growth
+            self.bytes += growth
         if added:
             self._keep(added)
+
+    def _growth(self, digest: Digest, size: int) -> int:
+        """Return how many bytes more `digest` counts if it has `size`: registries that share it may say otherwise."""
+        return max(0, size + self._cost - self._sizes.get(digest, 0))
 
     def _remove_contents(self, pin: Pin) -> None:
         removed = []

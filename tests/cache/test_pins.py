@@ -110,6 +110,18 @@ def test_a_torn_record_leaves_the_others(harness: PinsHarness, content: bytes) -
     assert damaged is not None and damaged.is_due(1000.0) and damaged.error == "its record was damaged"
 
 
+def test_a_directory_that_cannot_be_read(harness: PinsHarness) -> None:
+    """The daemon starts all the same."""
+    directory = harness.layout.root / "pins/pin"
+    (directory / "quay.io%2Fa").mkdir(parents=True)
+    (directory / "loop").symlink_to("loop")
+    (directory / "a~.json").mkdir()
+    (directory / "b~.json").write_text("{}")
+    (directory / "quay.io%2Fa/c~.json").symlink_to("/dev/zero")
+    (directory / "quay.io%2Fa/~hash~.json").write_text("{}")
+    assert len(harness.open()) == 0
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
@@ -133,6 +145,19 @@ def test_pins_may_take_four_fifths(harness: PinsHarness) -> None:
     harness.set(NGINX, 6, 7)  # smaller
     harness.run(harness.pins.remove(REDIS))
     assert (harness.pins.bytes, harness.kept) == (200, {digest(6), digest(7)})
+
+
+def test_a_size_that_was_too_small(harness: PinsHarness) -> None:
+    """The manifest had said that there was room, and the download showed otherwise."""
+    harness.run(harness.pins.set(NGINX, contents={digest(1): 0, digest(2): 90}))
+    assert harness.pins.bytes == 110
+    with pytest.raises(Denied, match="needs 790 more bytes"):
+        harness.run(harness.pins.set(NGINX, contents={digest(1): 790, digest(2): 90}))
+    harness.run(harness.pins.set(REDIS, contents={digest(1): 590}))
+    assert harness.pins.bytes == 700
+    harness.run(harness.pins.remove(REDIS))
+    harness.run(harness.pins.remove(NGINX))
+    assert harness.pins.bytes == 0
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,7 +18,7 @@ from attrs import define
 
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
-from tests.e2e.harness.fake_registry import pause_after, respond_status
+from tests.e2e.harness.fake_registry import pause_after, respond_corrupted, respond_status
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage, TypedContent
 from tests.e2e.harness.process import wait_until
@@ -395,6 +395,7 @@ def test_a_pin_file(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: P
         return bool(row.get("refreshed")) and row["missing"] == 0
 
     wait_until(lambda: is_pulled("v1") and is_pulled("v2"), "the images are pulled at the start")
+    assert "not.cached is not cached here; add it to REGISTRIES" in pins()["not.cached/app:v1"]["error"]
     assert pins()["fake.test/pinned/file:v1"]["platforms"] == ["linux/amd64", "linux/arm64"]
     document = json.loads(run(daemon, "pins", "--json").output)
     assert document["problems"] == [
@@ -661,3 +662,62 @@ def test_signatures_come_with_a_pin(upstreams: Upstreams, start_daemon: StartDae
     assert set(fetched_blobs(upstreams, "pinned/signed")) == digests(image) | digests(signature)
     (row,) = json.loads(run_well(daemon, "pins", "--json"))["pins"]
     assert row["contents"] == len(image.blobs) + 1 + len(signature.blobs) + 1
+
+
+def nested_index(depth: int) -> SampleImage:
+    image = images.build_small_image("nested", size=100)
+    for _ in range(depth):
+        image = images.build_index({"amd64": image})
+    return image
+
+
+def test_registries_that_lie(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """Each pull ends with a sentence, and the next one goes on."""
+    daemon = start_daemon()
+    corrupt = images.build_small_image("corrupt", size=1000)
+    upstreams.fake.put("lies/corrupt", "v1", corrupt)
+    upstreams.fake.add_rule("GET", f"/v2/lies/corrupt/blobs/{corrupt.layers[0].digest}", respond_corrupted)
+    upstreams.fake.put("lies/nested", "v1", nested_index(9))
+    many = json.dumps({
+        "schemaVersion": 2,
+        "mediaType": images.OCI_MANIFEST,
+        "config": corrupt.blobs[0].descriptor(),
+        "layers": [{**corrupt.layers[0].descriptor(), "digest": f"sha256:{number:064x}"} for number in range(6000)],
+    })  # fmt: skip
+    upstreams.fake.put_manifest("lies/many", "v1", TypedContent(images.OCI_MANIFEST, many.encode()))
+    huge = json.loads(corrupt.manifest.data)
+    huge["layers"][0] |= {"size": 10**12, "digest": f"sha256:{1:064x}"}
+    upstreams.fake.put_manifest("lies/huge", "v1", TypedContent(images.OCI_MANIFEST, json.dumps(huge).encode()))
+    upstreams.fake.put_manifest("lies/lacking", "v1", corrupt.manifest)
+    upstreams.fake.put_manifest("lies/page", "v1", TypedContent("text/html", b"<html>Sign in</html>"))
+    for method in ("GET", "HEAD"):
+        upstreams.fake.add_rule(method, "/v2/lies/denied/", respond_status(403, "DENIED"))
+    sentences = {
+        "corrupt": "returned content that does not match sha256:",
+        "nested": "has more than 4 indexes in each other",
+        "many": "consists of more than 5000 manifests and blobs",
+        "huge": "needs 100000",
+        "page": "",
+        "lacking": "fake.test does not have all that lies/lacking consists of",
+        "denied": "fake.test does not let us read lies/denied",
+    }
+    result = run(daemon, "pin", *(f"fake.test/lies/{name}:v1" for name in sentences), "--platform", "all")
+    assert result.status == 1
+    for name, sentence in sentences.items():
+        (line,) = [line for line in result.output.splitlines() if line.startswith(f"fake.test/lies/{name}:v1: failed")]
+        assert sentence in line
+    assert "0 of 7 images here" in result.output
+    upstreams.fake.reset_rules()
+    run_well(daemon, "pull", "fake.test/lies/corrupt:v1")
+
+
+def test_a_registry_that_refuses_without_a_limit(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """It answers 429, and names no limit: the pull waits as long as it says, and goes on."""
+    daemon = start_daemon()
+    upstreams.fake.put("refusing/app", "v1", images.build_small_image("refusing", size=1000))
+    refuse = respond_status(429, "TOOMANYREQUESTS", Retry_After="1")
+    upstreams.fake.add_rule("GET", "/v2/refusing/app/manifests/", refuse, times=2)
+    result = run(daemon, "pull", "fake.test/refusing/app:v1", "--json")
+    assert result.status == 0
+    waiting = [event for event in result.events if event.get("state") == "waiting"]
+    assert waiting and "fake.test refuses pulls now; this goes on by" in waiting[0]["message"]
