@@ -25,7 +25,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 # The tests of the store sync thousands of small files, and a disk needs longer for that than the tests for all else.
 MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
 
-.PHONY: help venv run check test lint test-oldest test-conformance test-programs test-clients deb test-deb \
+.PHONY: help venv run check test lint test-oldest test-fleet test-conformance test-programs test-clients deb test-deb \
     test-vagrant bench bench-programs profile soak fuzz clean
 
 help: ## list the targets

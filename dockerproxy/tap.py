@@ -179,6 +179,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     overview.sources.idle_age = tombstones.get_last_idle
     overview.sources.problems = partial(describe_outages, registry_states)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
+    if server.fleet is not None:
+        server.fleet.prefer_owned(cache_space.index, time.time)
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)

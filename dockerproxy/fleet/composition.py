@@ -20,6 +20,8 @@ from dockerproxy.fleet.upstream import FleetUpstream, MemberClient, NoUpstream, 
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.site import Site
 from dockerproxy.oci.names import Host
+from dockerproxy.store.eviction import COPY_AGE, LRUEntry
+from dockerproxy.store.lru_index import LRUIndex
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.tls import ClientContext
 
@@ -59,6 +61,14 @@ class Fleet:
             self.meter, self.timeout, self._is_draining,
             mirror, intercepted, mirror_for, intercepted_for,
         )  # fmt: skip
+
+    def prefer_owned(self, index: LRUIndex, clock: Callable[[], float]) -> None:
+        """Make copies of blobs that other members own leave the cache first. `clock` returns POSIX time."""
+
+        def is_copy(text: str, entry: LRUEntry) -> bool:
+            return clock() - entry[1] > COPY_AGE and self.members.is_copy(text)
+
+        index.is_copy = is_copy
 
     def _is_draining(self) -> bool:
         return any(site.draining for site in self.sites)

@@ -75,6 +75,10 @@ class Members:
         """Return whether this daemon is the owner of `key` if all members are up."""
         return bool(self._names) and ordered(key, self._names)[0] == self.me
 
+    def is_copy(self, key: str) -> bool:
+        """Return whether another member owns `key`, so that this one may lose it."""
+        return self.me in self._names and not self.owns(key)
+
     def former_owner(self, key: str) -> str | None:
         """Return the member that owned `key` before this owner came, if it is up; None if this is no owner."""
         ranked = self.ranked(key)

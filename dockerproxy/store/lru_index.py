@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from attrs import define, field
@@ -22,6 +22,7 @@ from dockerproxy.store.eviction import (
     excess_bytes,
     first_keys,
     inactive_since,
+    order_of_copies,
     order_of_excess,
     order_of_rest,
     parse_key,
@@ -119,6 +120,8 @@ class LRUIndex:
     """Bytes that each entry counts beside its size, because its file takes whole blocks and a directory."""
     overhead: int = field(default=0, init=False)
     """Bytes of other files that count towards `limit`."""
+    is_copy: Callable[[str, LRUEntry], bool] | None = field(default=None, init=False)
+    """Whether a blob is a copy of another member's that may leave first; None without a fleet."""
     partials: Partials = field(factory=Partials, init=False)
     _segments: Segments = field(factory=Segments, init=False)
     _pins: dict[str, int] = field(factory=dict, init=False)
@@ -348,7 +351,13 @@ class LRUIndex:
         Beyond the excess of blobs that were used once, do so only if `needed` bytes would not be free otherwise.
         """
         segments, used = self._segments, self.used
-        removed = self._remove_first(order_of_excess(segments.once, self._pins, self.limit), minimum, target)
+        removed: list[CacheKey] = []
+        if self.is_copy is not None:
+            copies = list(order_of_copies((segments.once, segments.again), self._pins, self.is_copy))
+            removed = self._remove_first(iter(copies), minimum, target)
+            minimum, target = minimum - (used - self.used), target - (used - self.used)
+            used = self.used
+        removed += self._remove_first(order_of_excess(segments.once, self._pins, self.limit), minimum, target)
         freed = used - self.used
         if self.free < needed and (len(removed) < BATCH_SIZE or freed < minimum):
             rest = order_of_rest(segments.once, segments.again, self._pins)

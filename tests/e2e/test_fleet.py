@@ -47,13 +47,14 @@ def request_from(address: str, member: MemberDaemon, path: str, headers: Mapping
         connection.close()
 
 
-def test_a_cold_blob_is_sent_once(upstreams: Upstreams, tmp_path: Path) -> None:
-    data = images.random_bytes(8 * MIB, "fleet, cold")
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_cold_blob_is_sent_once(upstreams: Upstreams, tmp_path: Path, workers: str) -> None:
+    data = images.random_bytes(8 * MIB, f"fleet, cold, {workers}")
     digest = upstreams.fake.put_blob("fleet/cold", data)
     url = f"{FAKE}/v2/fleet/cold/blobs/{digest}"
     gate = threading.Event()
     upstreams.fake.add_rule("GET", digest, throttled(20e6, MIB, gate))
-    with running_fleet(tmp_path, upstreams, 4) as fleet:
+    with running_fleet(tmp_path, upstreams, 4, WORKERS=workers) as fleet:
         with pulls([(member, url) for member in fleet.members for _ in range(5)]) as running:
             wait_until(lambda: upstreams.fake.find_requests("GET", digest), "upstream is asked")
             gate.set()

@@ -404,3 +404,23 @@ def test_a_partial_download_is_never_used_again() -> None:
     index.touch(digest(2), 40)
     index.limit = 35
     assert index.evict(0) == [key]
+
+
+def test_copies_of_other_members_leave_first() -> None:
+    """Also before blobs that were used once and less recently."""
+    index = LRUIndex(100)
+    for number in range(10):
+        index.add(digest(number), 10, number)
+    copies = {str(digest(number)) for number in (4, 7, 9)}
+    index.is_copy = lambda text, entry: text in copies and entry[1] < 9
+    assert set(index.evict(15)) == {digest(4), digest(7)}
+    assert index.evict(30)[0] == digest(0)  # the others as without a fleet
+
+
+def test_pinned_copies_and_partial_downloads_stay() -> None:
+    index = LRUIndex(100)
+    index.add(digest(1), 50, 1)
+    index.add(digest(2), 50, 2)
+    index.pin(digest(2))
+    index.is_copy = lambda text, entry: True
+    assert index.evict(10) == [digest(1)]
