@@ -37,6 +37,7 @@ from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.admin.sessions import Sessions
 from dockerproxy.admin.sign_in_links import SignInLinks
 from dockerproxy.admin.summary import Summaries
+from dockerproxy.admin.viewer import Viewer
 from dockerproxy.admin.why import Explainer
 from dockerproxy.app import (
     ProxyServer,
@@ -70,6 +71,7 @@ from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.doctor.doctor import DOCTOR_THREADS, Doctor, DoctorSettings, DoctorSources
+from dockerproxy.doctor.findings import OK, public_report
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
@@ -201,6 +203,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         doctor_settings(configuration, state.warnings),
     )
     shared_state.doctor_report = doctor.report
+    overview.sources.notices = partial(find_notices, doctor)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
@@ -552,6 +555,22 @@ def build_overview(
         version=__version__,
         workers=settings.workers,
     )
+
+
+async def find_notices(doctor: Doctor, viewer: Viewer) -> list[dict[str, Any]]:
+    """Return what is wrong, as far as the viewer may know it, for the overview."""
+    report = await doctor.report(True)
+    findings = report["findings"] if viewer.is_admin else public_report(report)["findings"]
+    return [
+        {
+            "level": finding["level"],
+            "registry": finding["subject"] if finding["check"] == "registry" else None,
+            "text": finding["sentence"],
+            "advice": finding["advice"],
+        }
+        for finding in findings
+        if finding["level"] != OK
+    ]
 
 
 def describe_outages(states: RegistryStates) -> dict[str, str]:

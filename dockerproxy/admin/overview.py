@@ -47,6 +47,12 @@ _RENEW_PART = 20  # a walk takes at most one part in so many of the time
 _MAX_ANSWER = 160 * 1024  # bytes: a message to another process may have 192 KiB
 _MAX_REGISTRIES = 100  # rows of one answer
 
+_PUBLIC_LIMIT = frozenset({
+    "registry", "limit", "window", "remaining", "seen", "refused_until", "refusals", "reserved", "last_hour", "gone_in",
+    "turns",
+})  # fmt: skip
+"""The fields of a rate limit that everybody may see."""
+
 log = Logger()
 
 
@@ -84,6 +90,10 @@ async def _no_document() -> Document:
     return {}
 
 
+async def _no_notices(viewer: Viewer) -> Sequence[Document]:
+    return ()
+
+
 @define
 class OverviewSources:
     """The contributions of other parts of the daemon. Each is set when that part is built.
@@ -96,7 +106,7 @@ class OverviewSources:
     status: Callable[[], Awaitable[Document]] = _no_document
     budget: Callable[[], Awaitable[Document]] = _no_document
     idle_age: Callable[[], float | None] = lambda: None
-    notices: Callable[[Viewer], Awaitable[Sequence[Document]]] | None = None
+    notices: Callable[[Viewer], Awaitable[Sequence[Document]]] = _no_notices
     problems: Callable[[], Mapping[str, str]] = dict
     is_pinned: Callable[[str, str | None], bool] = lambda repository, tag: False
 
@@ -189,7 +199,7 @@ class LocalOverview:
             "total": {**_sums(total), "since": since},
             "cache": {"bytes": used, "limit": limit, "idle_age": self.sources.idle_age()},
             "budget": budget.get("limits", []),
-            "notices": await self._notices(viewer, registries["registries"]),
+            "notices": await self._notices(viewer),
             "transfers": transfers["transfers"],
             "registries": registries["registries"],
             "repositories": {
@@ -199,12 +209,10 @@ class LocalOverview:
             },
         }
 
-    async def _notices(self, viewer: Viewer, registries: Sequence[Document]) -> list[Document]:
-        if self.sources.notices is not None:
-            return list(await self.sources.notices(viewer))
-        return [
-            {"level": "bad", "registry": row["name"], "text": row["problem"]} for row in registries if row["problem"]
-        ]
+    async def _notices(self, viewer: Viewer) -> list[Document]:
+        shown = {*self._metrics.registries, None}
+        notices = await self.sources.notices(viewer)
+        return [notice for notice in notices if viewer.is_admin or notice["registry"] in shown]
 
     async def _registries(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
         range_name = _range_of(arguments)
@@ -283,7 +291,7 @@ class LocalOverview:
             return document
         # A wildcard has any number of hosts. Logins, addresses and names of repositories are for administrators.
         limits = [
-            {key: value for key, value in limit.items() if key not in ("source", "login", "top")}
+            {key: value for key, value in limit.items() if key in _PUBLIC_LIMIT}
             for limit in document.get("limits", [])
             if limit["registry"] in self._metrics.registries and not limit.get("login")
         ]

@@ -74,7 +74,14 @@ class World:
         return 212, 256
 
     async def _budget(self) -> dict[str, Any]:
-        limit = {"limit": 100, "remaining": 34, "refused_until": 0.0, "source": "203.0.113.7", "top": [SECRET]}
+        limit = {
+            "limit": 100,
+            "remaining": 34,
+            "refused_until": 0.0,
+            "source": "203.0.113.7",
+            "top": [SECRET],
+            "new_field": SECRET,
+        }
         return {"limits": [{"registry": name, **limit} for name in ("docker.io", f"{SECRET}.example")]}
 
     async def _status(self) -> dict[str, Any]:
@@ -260,6 +267,14 @@ def test_the_overview_has_sums_registries_and_downloads(world: World) -> None:
     world.metrics.count_failure("ghcr.io", "timeout")
     world.history.sample()
     world.local.sources.problems = lambda: {"ghcr.io": "no answer since noon"}
+
+    async def notices(viewer: Viewer) -> list[dict[str, Any]]:
+        return [
+            {"level": "bad", "registry": "ghcr.io", "text": "no answer since noon"},
+            {"level": "bad", "registry": f"{SECRET}.example", "text": "no answer"},
+        ]
+
+    world.local.sources.notices = notices
     world.local.sources.idle_age = lambda: 41 * 86400.0
     overview = world.get("overview")
     assert overview["day"]["served"] == 1000
@@ -274,7 +289,9 @@ def test_the_overview_has_sums_registries_and_downloads(world: World) -> None:
     assert rows["ghcr.io"]["up"] is False
     assert rows["ghcr.io"]["errors"] == 1
     assert rows["hosted"]["kind"] == HOSTED
-    assert [notice["text"] for notice in overview["notices"]] == ["no answer since noon"]
+    assert rows["ghcr.io"]["problem"] == "no answer since noon"
+    assert [notice["text"] for notice in overview["notices"]] == ["no answer since noon", "no answer"]
+    assert [notice["registry"] for notice in world.get("overview", ANONYMOUS)["notices"]] == ["ghcr.io"]
     assert world.get("registry", name="docker.io")["series"]["served"][-1] == 1000
 
 
