@@ -1,12 +1,17 @@
-"""Output for a terminal: progress bars, tables, and formatted numbers."""
+"""Output for a terminal: progress bars, tables, and formatted numbers.
+
+`rich` draws bars and tables. It is loaded only if there is a terminal to draw on.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Terminal:
@@ -14,30 +19,43 @@ class Terminal:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self._progress_visible = False
+        self._progress: Progress | None = None
+        self._phase: str | None = None
 
     def show_progress(self, phase: str, done: int, total: int | None) -> None:
         """Show a progress bar, or only the amount done if `total` is unknown."""
         if not sys.stderr.isatty():
             return
-        width = shutil.get_terminal_size().columns
+        if self._progress is None:
+            self._progress = _start_progress()
         if phase == "contents":
-            text = f"{format_size(done)}" if total is None else f"{format_size(done)} of {format_size(total)}"
+            text = f"blobs: {format_size(done)}" + ("" if total is None else f" of {format_size(total)}")
         else:
-            text = str(done)
-        line = f"{'blobs' if phase == 'contents' else phase}: {text}"
-        if total:
-            bar_width = max(0, min(40, width - len(line) - 10))
-            filled = min(bar_width, bar_width * done // total)
-            line += f" [{'#' * filled}{'.' * (bar_width - filled)}] {min(100, 100 * done // total)} %"
-        self._progress_visible = True
-        print(f"\r\x1b[K{printable(line)[: width - 1]}", end="", file=sys.stderr, flush=True)
+            text = f"{phase}: {done}"
+        percent = f"{min(100, 100 * done // total)} %" if total else ""
+        if phase != self._phase:
+            self._phase = phase
+            for task in self._progress.task_ids:
+                self._progress.remove_task(task)
+            self._progress.add_task("", completed=done, total=total or None, text=printable(text), percent=percent)
+        [task] = self._progress.task_ids
+        self._progress.update(task, completed=done, total=total or None, text=printable(text), percent=percent)
 
     def clear_progress(self) -> None:
-        """Erase the progress line."""
-        if self._progress_visible:
-            self._progress_visible = False
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """Erase the progress bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._phase = None
+
+
+def _start_progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    text, percent = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("text", "percent"))
+    progress = Progress(text, BarColumn(), percent, console=Console(stderr=True), transient=True)
+    progress.start()
+    return progress
 
 
 def printable(text: str) -> str:

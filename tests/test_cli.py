@@ -577,18 +577,38 @@ def test_operations_are_exclusive_and_end_with_their_client(daemon: DaemonProces
 
 
 def test_progress_bar_only_on_a_terminal(daemon: DaemonProcess) -> None:
-    pty_master, pty_slave = pty.openpty()
-    completed = subprocess.run(
-        [sys.executable, "-m", "dockerproxy.cli", "--socket", str(daemon.socket), "check"],
-        env=environment(COLUMNS="80"), stdout=subprocess.PIPE, stderr=pty_slave, timeout=60, check=True,
-    )  # fmt: skip
-    os.close(pty_slave)
-    terminal_output = os.read(pty_master, 10_000).decode()
-    os.close(pty_master)
-    assert re.search(r"blobs: .*\[[#.]+\] +\d+ %", terminal_output), terminal_output
-    assert terminal_output.endswith("\r\x1b[K")
+    completed, terminal_output = run_with_stderr_on_terminal(
+        [sys.executable, "-m", "dockerproxy.cli", "--socket", str(daemon.socket), "check"]
+    )
+    assert re.search(r"blobs: \d.*━", terminal_output), terminal_output
+    assert terminal_output.endswith("\x1b[2K"), "the bar is erased"
+    assert "\x1b[?25h" in terminal_output, "the cursor is visible again"
     assert b"\x1b" not in completed.stdout
     assert run_command("--socket", str(daemon.socket), "check").stderr == ""
+
+
+def test_a_progress_bar() -> None:
+    steps = "t.show_progress('contents', 0, None); t.show_progress('\\x1b[2J', 1, 2); t.clear_progress()"
+    program = f"from dockerproxy.terminal import Terminal; t = Terminal(as_json=False); {steps}"
+    _, terminal_output = run_with_stderr_on_terminal([sys.executable, "-c", program])
+    assert re.search(r"blobs: 0 B .*━", terminal_output)
+    assert re.search(r"\\x1b\[2J: 1 .*━.* 50 %", terminal_output), terminal_output
+    assert "\x1b[2J" not in terminal_output
+
+
+def run_with_stderr_on_terminal(argv: Sequence[str]) -> tuple[subprocess.CompletedProcess[bytes], str]:
+    pty_master, pty_slave = pty.openpty()
+    completed = subprocess.run(
+        argv, env=environment(COLUMNS="80", TERM="xterm"), stdout=subprocess.PIPE, stderr=pty_slave, timeout=60,
+        check=True,
+    )  # fmt: skip
+    os.close(pty_slave)
+    output = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while chunk := os.read(pty_master, 4096):
+            output += chunk
+    os.close(pty_master)
+    return completed, output.decode(errors="replace")
 
 
 def test_broken_pipe(daemon: DaemonProcess) -> None:

@@ -30,7 +30,7 @@ def render(view: LiveView, sort: str, width: int, height: int) -> RenderableType
         _line(_summary(view), "bold"),
         _line(f"{format_count(len(transfers), 'download')} under way{more}, by {sort}"),
         _transfer_table(shown, with_bar=width >= 100),
-        _registry_table(registries),
+        *([_registry_table(registries)] if registries else []),
         _line("q quit  s sort", "dim"),
     ]
     return Group(*parts)
