@@ -123,7 +123,7 @@ def _build_parser() -> argparse.ArgumentParser:
         group.add_argument("--cached", dest="where", action="store_const", const="cached", help="cached images only")
 
     def add_image_options(subparser: argparse.ArgumentParser) -> None:
-        subparser.add_argument("images", nargs="*", metavar="IMAGE", help="its name, such as nginx:1.29")
+        subparser.add_argument("images", nargs="*", metavar="IMAGE", type=_name, help="its name, such as nginx:1.29")
         subparser.add_argument(
             "--from-file", metavar="FILE",
             help="also those in a list, compose file, Kubernetes manifest or Dockerfile; - is the standard input",
@@ -174,7 +174,7 @@ def _build_parser() -> argparse.ArgumentParser:
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
     why = add_command("why", "history:why", "say what would happen to a pull now, and what has happened, and why")
     why.add_argument("name", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO")
-    why.add_argument("--platform", metavar="OS/ARCH", type=_name, help="show the contents for one platform only")
+    why.add_argument("--platform", metavar="OS/ARCH", help="show the contents for one platform only")
     history = add_command(
         "history", "history:history", "list pulls, with the client, the image and the outcome of each"
     )
@@ -202,7 +202,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--refresh", type=_duration, metavar="TIME", help="ask after TIME whether the tag has moved (default 6h)"
     )
     unpin = add_command("unpin", "pull:unpin", "let pinned images leave the cache again")
-    unpin.add_argument("images", nargs="+", metavar="IMAGE", help="its name, such as nginx:1.29")
+    unpin.add_argument("images", nargs="+", metavar="IMAGE", type=_name, help="its name, such as nginx:1.29")
     pins = add_command("pins", "pull:pins", "list pinned images; with --missing exit 1 if one is not whole")
     pins.add_argument("--missing", action="store_true", help="only those of which something is missing")
     pins.add_argument(
