@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from attrs import define
 
 from tests.e2e.harness import images
+from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after, respond_corrupted, respond_status
 from tests.e2e.harness.http_server import HTTPExchange
@@ -411,6 +413,11 @@ def test_a_pin_file(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: P
     run_well(daemon, "pins", "--refresh", "--all")
     assert list(pins()) == ["fake.test/pinned/file:v2"]
     assert pins()["fake.test/pinned/file:v2"]["digest"] == moved.digest
+    file.write_text("fake.test/pinned/file:v2\nfake.test/pinned/file:v1 linux/s390x\n")
+    os.kill(daemon.pid, signal.SIGHUP)
+    wait_until(lambda: is_pulled("v1"), "a reload reads the file again")
+    file.write_text("fake.test/pinned/file:v2\n")
+    run_well(daemon, "pins", "--refresh")
     file.unlink()
     run(daemon, "pins", "--refresh")
     assert list(pins()) == ["fake.test/pinned/file:v2"], "a file that cannot be read removes nothing"
@@ -721,3 +728,19 @@ def test_a_registry_that_refuses_without_a_limit(upstreams: Upstreams, start_dae
     assert result.status == 0
     waiting = [event for event in result.events if event.get("state") == "waiting"]
     assert waiting and "fake.test refuses pulls now; this goes on by" in waiting[0]["message"]
+
+
+def test_clients_pull_a_pinned_image_while_the_registry_is_down(
+    upstreams: Upstreams, start_daemon: StartDaemon, clients: ClientFactory
+) -> None:
+    daemon = start_daemon()
+    image = images.build_small_image("pinned for clients", size=1000)
+    upstreams.push_to_registry("pinned/client", "v1", image)
+    name = "registry.test:5443/pinned/client:v1"
+    run_well(daemon, "pin", name)
+    with upstreams.stopped():
+        clients.skopeo(daemon).pull(name)
+    assert {entry.cache_status for entry in daemon.access_log() if "/v2/pinned/client/" in entry.target} <= {
+        "HIT",
+        "STALE",
+    }
