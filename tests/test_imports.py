@@ -65,6 +65,7 @@ ALLOWED_EVERYWHERE = {
 
 # No request needs these modules. Each one costs megabytes, together with the modules that it imports.
 UNWANTED = {
+    "dockerproxy.fleet",  # only with FLEET
     "botocore",
     "dockerproxy.bucket",
     "importlib.resources",
