@@ -25,7 +25,7 @@ from dockerproxy.admin.page_desk import PageDeskClient
 from dockerproxy.admin.resolver import CACHED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.board import Board, BoardPart
-from dockerproxy.cache.composition import CachePolicy, CacheServices, compose_cache
+from dockerproxy.cache.composition import CacheParts, CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import Bindings
@@ -71,6 +71,7 @@ from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.hosted import HostedRegistry
 from dockerproxy.registry.hosted_app import HostedRegistryApp
 from dockerproxy.registry.hosted_rules import HostedRules
+from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
@@ -192,6 +193,7 @@ class ProxyServer:
     hosted_app: HostedRegistryApp
     proxy_login: ProxyLogin
     certificates: Certificates
+    hosted_store: HostedStore
     hosted_tree: HostedTree
     registry_disk: DiskAccess
     audit: AuditLog
@@ -284,18 +286,17 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
     parser = ContentParser(pools.documents)
     fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
-    pull_through, *for_members = build_cache(
+    cache, *for_members = build_cache(
         reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
     )
+    pull_through = cache.pull_through
     api = RegistryAPI(reactor)
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
     users = open_registry_users(reactor, settings, pools, shared.state)
     access_control = build_access_control(settings, users, shared.state)
     disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
-    hosted_store = LocalHostedStore.from_tree(
-        reactor, disk, hosted_tree, parser, shared.state.registry_secret, time.time
-    )
+    hosted_store = build_hosted_store(reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser)
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     audit = AuditLog.open(reactor, str(settings.state_dir))
@@ -322,7 +323,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     mirror, intercepted = mirror_for(pull_through.registry), intercepted_for(pull_through.registry)
     handle_mirror, handle_intercepted = mirror.handle, intercepted.handle
     if fleet is not None:
-        owned, cached_only = for_members
+        owned, cached_only = (parts.pull_through for parts in for_members)
         door = fleet.door(owned, cached_only, mirror, intercepted, mirror_for, intercepted_for)
         handle_mirror, handle_intercepted = door.handle_mirror, door.handle_intercepted
     login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
@@ -422,6 +423,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_app,
         login,
         certificates,
+        hosted_store,
         hosted_tree,
         disk,
         audit,
@@ -592,7 +594,7 @@ def build_cache(
     authorizer: Authorizer,
     parser: ContentParser,
     fleet: Fleet | None,
-) -> list[PullThrough]:
+) -> list[CacheParts]:
     """Build the cache in CACHE_DIR, and the two over the same files that serve other members of the `fleet`.
 
     The second asks upstream only, and the third nobody.
@@ -630,17 +632,16 @@ def build_cache(
             authorizer, reactor.seconds, shared.report_login, shared.logins, shared=settings.share_auth_registries
         ),
         freshness=build_freshness(settings),
-        download_limits=DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        download_limits=download_limits(settings),
         evicted_bytes=settings.cache_max_size // _HELD_PART // settings.workers,
     )
     configure_logins(cache_policy.logins, settings)
-    pull_through = compose_cache(services, cache_policy).pull_through
-    pull_through.challenges.restore(settings.registries)
+    parts = compose_cache(services, cache_policy)
+    parts.pull_through.challenges.restore(settings.registries)
     if fleet is None:
-        return [pull_through]
+        return [parts]
     clients = fleet.owner_client(upstream), fleet.no_upstream
-    for_members = [compose_cache(evolve(services, content=client), cache_policy).pull_through for client in clients]
-    return [pull_through, *for_members]
+    return [parts, *(compose_cache(evolve(services, content=client), cache_policy) for client in clients)]
 
 
 def build_fleet(
@@ -681,6 +682,33 @@ def build_freshness(settings: Settings) -> Freshness:
         settings.manifest_cache_secondary_time,
         settings.manifest_cache_default_time,
     )
+
+
+def download_limits(settings: Settings) -> DownloadLimits:
+    """Return the bounds of the downloads of one process."""
+    return DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def build_hosted_store(
+    reactor: Any,
+    settings: Settings,
+    shared: SharedServices,
+    disk: DiskAccess,
+    tree: HostedTree,
+    cache: CacheParts,
+    agent: Agent,
+    parser: ContentParser,
+) -> HostedStore:
+    """Build the storage of the hosted registry: the bucket of REGISTRY_STORE, or else REGISTRY_DIR."""
+    local = LocalHostedStore.from_tree(reactor, disk, tree, parser, shared.state.registry_secret, time.time)
+    if settings.registry_store is None:
+        return local
+    # Only here, because it loads botocore.
+    from dockerproxy.bucket import assembly
+
+    bucket = assembly.open_bucket(reactor, settings.registry_store, agent, time.time)
+    records, limits = shared.state.open_records(), download_limits(settings)
+    return assembly.open_store(reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser)
 
 
 def configure_logins(logins: SharedLogins, settings: Settings) -> None:

@@ -19,6 +19,7 @@ from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
 from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
 from dockerproxy.net.public_suffix import has_names_of_everybody
+from dockerproxy.net.store_location import StoreLocation
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.docker_hub import canonical_host
@@ -396,6 +397,18 @@ def _one_upstream_proxy(text: str, no_proxy: str) -> UpstreamProxy:
         ) from None
     authorization = f"Basic {b64encode(unquote_to_bytes(userinfo)).decode()}" if at else None
     return UpstreamProxy(host.name, host.port, authorization, tuple(no_proxy.replace(",", " ").split()))
+
+
+def registry_store(text: str) -> StoreLocation | None:
+    """Parse the URL of a bucket, or ``none`` for REGISTRY_DIR."""
+    if text.lower() == "none":
+        return None
+    try:
+        return StoreLocation.parse(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; expected s3://BUCKET[/PREFIX][?endpoint=https://HOST:PORT&region=NAME&addressing=path], or none"
+        ) from None
 
 
 def logins(

@@ -15,6 +15,7 @@ from attrs import Attribute, field, fields, frozen
 from dockerproxy import parsers
 from dockerproxy.config_files import exposure_warning, read_config_file
 from dockerproxy.net.addresses import AddressSet, Destinations, HostPattern
+from dockerproxy.net.store_location import StoreLocation
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
@@ -126,6 +127,7 @@ class Settings:
     max_uploads: int = _setting(parsers.integer(1, 1_000_000), "10000")
     max_uploads_per_client: int = _setting(parsers.integer(1, 1_000_000), "3000")
     anonymous_pull: bool = _setting(parsers.boolean, "false")
+    registry_store: StoreLocation | None = _setting(parsers.registry_store, "none")
     registry_read_only: bool = _setting(parsers.boolean, "false")
     allow_delete: bool = _setting(parsers.boolean, "true")
     allow_sparse_indexes: bool = _setting(parsers.boolean, "false")

@@ -60,6 +60,7 @@ from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.rate_limits import RateLimits, stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
+from dockerproxy.concurrency import spawn
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
@@ -151,6 +152,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         state = evolve(state, cache_secret=cache_secret, registry_secret=registry_secret)
     for warning in (*settings.warnings, *state.warnings, *authority.warnings):
         log.warn("{warning}", warning=warning)
+    for warning in probe_registry_store(reactor, settings, configuration.variables):
+        log.warn("REGISTRY_STORE: {warning}", warning=warning)
     metrics = Metrics.make(settings.workers, map(registry_label, settings.intercepted))
     pins = Pins(reactor, pin_records(state.cache), time.time, limit=settings.cache_max_size, cost=BLOB_COST)
     tombstones, tombstone_file = Tombstones(), str(settings.state_dir / "history/evicted")
@@ -183,6 +186,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     if server.fleet is not None:
         server.fleet.prefer_owned(cache_space.index, time.time)
+    reactor.callWhenRunning(lambda: spawn(server.hosted_store.take_over(), "taking over REGISTRY_STORE"))
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
@@ -215,7 +219,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
-    stores = [StoreView(HOSTED, state.registry), StoreView(CACHED, state.cache)]
+    stores = store_views(settings, state)
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     deleter = Deleter(
         reactor, server.registry_disk, server.hosted_tree, cache_space, state.open_records(), server.audit
@@ -275,6 +279,35 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     log_configuration(settings, state, authority)
     listener_service.listening.addCallback(lambda _: log_ready(server.registries.status))
     return daemon
+
+
+def probe_registry_store(reactor: Any, settings: Settings, variables: Mapping[str, str]) -> list[str]:
+    """Look at the bucket of REGISTRY_STORE, if that is set. Return sentences for the log.
+
+    Raise `SettingsError` if the bucket can never be used so.
+    """
+    if settings.registry_store is None:
+        return []
+    try:
+        from dockerproxy.bucket import assembly
+    except ImportError as error:
+        raise SettingsError(
+            f"REGISTRY_STORE needs botocore ({error}); install python3-botocore, or the package's extra s3."
+        ) from None
+    location, proxy = settings.registry_store, settings.upstream_proxy
+    proxy_url = None if proxy is None or not proxy.applies_to(location.endpoint.host) else proxy.url
+    verify = str(settings.upstream_ca_file) if settings.upstream_ca_file is not None else True
+    try:
+        return assembly.probe_store(
+            reactor,
+            location,
+            variables,
+            read_only=settings.registry_read_only,
+            proxy=proxy_url,
+            verify=verify if settings.verify_ssl else False,
+        )
+    except (assembly.NoCredentials, assembly.StoreRefused) as error:
+        raise SettingsError(f"REGISTRY_STORE: {error}.") from None
 
 
 @frozen
@@ -537,7 +570,7 @@ def build_overview(
     pull_counts: DailyPulls,
 ) -> LocalOverview:
     """Build what answers the page, the API and the command."""
-    stores = [StoreView(CACHED, state.cache), StoreView(HOSTED, state.registry)]
+    stores = store_views(settings, state)
     records = state.open_records()
     summaries = Summaries(reactor, stores, server.registry_disk, records)
     summaries.load_pulls = pull_counts.pulls
@@ -594,7 +627,7 @@ def build_explainer(
 ) -> Explainer:
     """Build what answers `dockerproxy why`."""
     records = state.open_records()
-    stores = [StoreView(HOSTED, server.hosted_tree.layout), StoreView(CACHED, state.cache)]
+    stores = store_views(settings, state)
     return Explainer(
         ImageResolver(stores, frozenset(settings.registry_hostname)),
         stores[1],
@@ -607,6 +640,12 @@ def build_explainer(
         pull_history,
         time.time,
     )
+
+
+def store_views(settings: Settings, state: StateDirectory) -> list[StoreView]:
+    """Return the stores that are on this machine: with REGISTRY_STORE, that is the cache alone."""
+    cached = StoreView(CACHED, state.cache)
+    return [cached] if settings.registry_store is not None else [StoreView(HOSTED, state.registry), cached]
 
 
 def build_pulls(
@@ -674,7 +713,7 @@ def log_configuration(settings: Settings, state: StateDirectory, authority: Cert
     log.info(
         "cache in {cache} (up to {size}), registry in {registry}, CA in {ca}",
         cache=settings.cache_dir, size=format_size(settings.cache_max_size),
-        registry=settings.registry_dir, ca=settings.ca_crt_file or settings.ca_dir,
+        registry=settings.registry_store or settings.registry_dir, ca=settings.ca_crt_file or settings.ca_dir,
     )  # fmt: skip
     if state.registry_file_system is not None:
         log.info(

@@ -97,6 +97,7 @@ def test_defaults_are_the_documented_ones(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (defaults.share_auth_registries, defaults.anonymous_pull, defaults.htpasswd_file) == (True, False, None)
     assert defaults.proxy_htpasswd_file is None
     assert (defaults.max_uploads, defaults.max_uploads_per_client) == (10_000, 3_000)
+    assert defaults.registry_store is None
     assert (defaults.registry_read_only, defaults.allow_delete, defaults.allow_sparse_indexes) == (False, True, False)
     assert defaults.proxy_tls_listen == ()
     assert defaults.registry_crt_file is defaults.registry_key_file is None
@@ -650,6 +651,9 @@ INVALID = [
     ("MAX_UPLOADS", "0", "'0' is not a number from 1 to 1000000"),
     ("MAX_UPLOADS_PER_CLIENT", "many", "'many' is not a number from 1 to 1000000"),
     ("REGISTRY_READ_ONLY", "perhaps", "'perhaps' is "),
+    ("REGISTRY_STORE", "/srv/images", "it does not begin with s3://BUCKET"),
+    ("REGISTRY_STORE", "s3://images?endpoint=store:9000", "endpoint='store:9000' is not a URL"),
+    ("REGISTRY_STORE", "s3://images?size=1", "'size' is no option"),
     ("ALLOW_DELETE", "none", "'none' is "),
     ("ALLOW_SPARSE_INDEXES", "2", "'2' is "),
     ("WORKERS", "0", "'0' is not a number from 1 to 64"),

@@ -180,13 +180,17 @@ class Control:
             case "POST", "/v1/remove":
                 await self._delete(request, await _parse_arguments(request, REMOVE, "names"))
             case "POST", "/v1/collect":
+                self._require_directory("gc")
                 arguments = await _parse_arguments(request, COLLECT)
                 await self._run_operation(request, "gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
+                self._require_directory("import")
                 arguments = await _parse_arguments(request, IMPORT, "directory")
                 await self._run_operation(request, "import", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/check":
                 arguments = await _parse_arguments(request, CHECK)
+                if not arguments.get("cached", False):
+                    self._require_directory("check")
                 await self._check(request, CACHED if arguments.get("cached", False) else HOSTED, response)
             case _:
                 raise ControlError(
@@ -194,6 +198,15 @@ class Control:
                     "UNSUPPORTED",
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
+
+    def _require_directory(self, command: str) -> None:
+        """Raise `ControlError` if the hosted registry is in a bucket, on which `command` does not work."""
+        if all(store.kind != HOSTED for store in self._resolver.stores):
+            raise ControlError(
+                400,
+                "NOT_UNDERSTOOD",
+                f"{command} works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE",
+            )
 
     async def status(self) -> dict[str, Any]:
         """Return the state of the daemon as a JSON value."""

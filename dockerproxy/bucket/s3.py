@@ -78,13 +78,15 @@ class BucketAgent(Protocol):
 
 @frozen(slots=True)
 class ListedKey:
-    """An object: its key, its size in bytes, and the seconds since it was written, by the clock of the store.
+    """An object: its key, its size in bytes, and the POSIX time when it was written, by the clock of the store.
 
-    A key that ends in ``/`` stands for all keys that begin with it; its size and age are 0.
+    `age` is the seconds since then, by the same clock. A key that ends in ``/`` stands for all keys that begin with it;
+    its numbers are 0.
     """
 
     key: str
     size: int = 0
+    written: float = 0.0
     age: float = 0.0
 
 
@@ -129,12 +131,12 @@ class S3Bucket:
         """Return the content of an object of at most `limit` bytes, or None if there is none."""
         return await self._retry(partial(self._get, key, limit))
 
-    async def open(self, key: str, offset: int = 0) -> Response:
-        """Return the response to a GET from `offset`. The caller reads or aborts its body.
+    async def open(self, key: str, byte_range: str | None = None) -> Response:
+        """Return the response to a GET. The caller reads or aborts its body. `byte_range` is a Range field.
 
         Its status is 200, 206, 404, or 416 if the object is shorter.
         """
-        fields = [("Range", f"bytes={offset}-")] if offset else []
+        fields = [("Range", byte_range)] if byte_range is not None else []
         return await self._request("GET", key, fields=fields, accepted=(200, 206, 404, 416))
 
     async def put(self, key: str, content: bytes) -> None:
@@ -283,14 +285,22 @@ class S3Bucket:
         if kind == "CommonPrefixes":
             return ListedKey(key)
         try:
-            age = date - datetime.fromisoformat(texts.get("LastModified", "").replace("Z", "+00:00")).timestamp()
-            return ListedKey(key, int(texts.get("Size", "0")), age)
+            written = datetime.fromisoformat(texts.get("LastModified", "").replace("Z", "+00:00")).timestamp()
+            return ListedKey(key, int(texts.get("Size", "0")), written, date - written)
         except ValueError:
             raise self._broken("lists objects without a size or a date") from None
 
     async def _get(self, key: str, limit: int) -> bytes | None:
         response = await self._send("GET", key, accepted=(200, 404))
-        return None if response.status == 404 else await response.read_all(limit)
+        if response.status == 404:
+            return None
+        if response.length is not None and response.length > limit:
+            response.abort()
+            raise StoreRefused(
+                f"{self.location} has {response.length} bytes in {key}, which should have at most {limit}",
+                headers=retry_after(),
+            )
+        return await response.read_all(limit)
 
     async def _ask(
         self,

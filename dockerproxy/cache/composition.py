@@ -99,6 +99,7 @@ class CacheParts:
     access: Access
     ingests: Ingests
     open_readers: OpenReaders
+    board: BoardPart
     pull_through: PullThrough
 
 
@@ -170,4 +171,4 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
         policy.logins,
         BoundedDict(_MAX_PRIVATE_REPOSITORIES, ttl=GRANT_TTL, clock=clock),
     )
-    return CacheParts(blobs, links, access, ingests, open_readers, pull_through)
+    return CacheParts(blobs, links, access, ingests, open_readers, services.board, pull_through)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
+from urllib.parse import quote
 
 from attrs import field, frozen
 from twisted.internet.defer import Deferred
@@ -44,6 +46,15 @@ class UpstreamProxy:
         if host.name == "localhost" or (host.is_address and ip_address(host.name).is_loopback):
             return False
         return not any(_matches_no_proxy(entry, host) for entry in self.no_proxy)
+
+    @property
+    def url(self) -> str:
+        """The proxy's URL, with its user and password."""
+        userinfo = ""
+        if self.authorization is not None:
+            user, _, password = b64decode(self.authorization.removeprefix("Basic ")).partition(b":")
+            userinfo = f"{quote(user, safe='')}:{quote(password, safe='')}@"
+        return f"http://{userinfo}{self._authority}"
 
     @property
     def _authority(self) -> str:

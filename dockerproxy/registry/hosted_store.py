@@ -1,7 +1,8 @@
 """The interface between the hosted registry and its storage.
 
-Every method may wait, for a disk or for another machine, and raises `OSError` if the storage fails. A change is durable
-when its method returns. gc may run at any time: it deletes nothing that a method here has just used.
+Every method may wait, for a disk or for another machine. If the storage fails, it raises `OSError`, or a
+`RegistryError` that says when to try again. A change is durable when its method returns. gc may run at any time: it
+deletes nothing that a method here has just used.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class HostedStore(Protocol):
 
     @property
     def uploads(self) -> UploadSessions: ...
+
+    async def take_over(self) -> None:
+        """Adapt what another registry has stored, if that is necessary. One process of a daemon calls this."""
 
     async def has_repository(self, repository: Repository) -> bool:
         """Return whether the repository has, or had, a blob or manifest."""

@@ -92,10 +92,21 @@ class LocalUpload:
         await self._uploads.disk.run(self._commit, digest)
         self._uploads.record_end(self._upload_id)
 
-    def _commit(self, digest: Digest) -> None:
-        tree = self._uploads.tree
+    async def verify(self, digest: Digest) -> Upload | None:
+        """Return the verified file, which is open until the session ends; None if the blob is empty.
+
+        Raise `DigestInvalid` if the bytes do not match `digest`.
+        """
+        await self._uploads.disk.run(self._verify, digest)
+        return self._upload
+
+    def _verify(self, digest: Digest) -> None:
         if not (digest == Digest.of(b"", digest.algorithm) if self._upload is None else self._upload.verify(digest)):
             raise DigestInvalid(f"the uploaded bytes do not match {digest}")
+
+    def _commit(self, digest: Digest) -> None:
+        tree = self._uploads.tree
+        self._verify(digest)
         if self._upload is None:
             tree.blobs.put(b"", digest)
         else:
@@ -202,6 +213,9 @@ class LocalHostedStore:
     ) -> LocalHostedStore:
         """Return the store in `tree`. `secret` signs the identifiers of uploads; `clock` returns POSIX time."""
         return cls(reactor, disk, tree, parser, LocalUploads(disk, tree, UploadIds(secret), clock))
+
+    async def take_over(self) -> None:
+        """Do nothing: what is new in a tree is found as it is read."""
 
     async def has_repository(self, repository: Repository) -> bool:
         return await self._disk.read(self._tree.links.has_repository, repository)

@@ -60,7 +60,7 @@ class Referrers:
     def record(self, repository: str, digest: Digest, referrer: Referrer | None) -> None:
         """Index the manifest `digest`, whose subject is `referrer.subject`. Call this before linking the manifest."""
         if referrer is not None:
-            self._staging.write(_format(referrer), self._layout.referrer(repository, referrer.subject, digest))
+            self._staging.write(format_referrer(referrer), self._layout.referrer(repository, referrer.subject, digest))
         subject_text = _NO_SUBJECT if referrer is None else str(referrer.subject).encode()
         if read_small(self._layout.subject(repository, digest), 256) != subject_text:
             self._staging.write(subject_text, self._layout.subject(repository, digest))
@@ -119,11 +119,10 @@ class Referrers:
         referrer = self._read_referrer(repository, digest)
         if referrer is None:
             return None
-        content = _format(referrer)
+        content = format_referrer(referrer)
         with suppress(OSError):
             self._staging.write(content, path)
-        note, _, descriptor = content.partition(b"\n")
-        return descriptor if artifact_type is None or note + b"\n" == _format_note(artifact_type) else None
+        return matching_descriptor(content, artifact_type)
 
     def is_complete(self, repository: str) -> bool:
         """Return whether every manifest of the repository is known to be indexed."""
@@ -173,13 +172,23 @@ class Referrers:
         return make_referrer(manifest, digest, len(content))
 
 
-def _format(referrer: Referrer) -> bytes:
+def format_referrer(referrer: Referrer) -> bytes:
+    """Return the content of the file of a referrer."""
     descriptor = json.dumps(referrer.descriptor, separators=(",", ":"), ensure_ascii=False)
     try:
         encoded = descriptor.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which only JSON's escapes can express
         encoded = json.dumps(referrer.descriptor, separators=(",", ":")).encode()
     return _format_note(referrer.descriptor.get("artifactType")) + encoded
+
+
+def matching_descriptor(content: bytes, artifact_type: str | None) -> bytes | None:
+    """Return the descriptor in the content of a referrer's file; None if its type is another one than `artifact_type`.
+
+    An earlier version wrote only the descriptor; no such file is in a bucket.
+    """
+    note, _, descriptor = content.partition(b"\n")
+    return descriptor if artifact_type is None or note + b"\n" == _format_note(artifact_type) else None
 
 
 def _format_note(artifact_type: str | None) -> bytes:

@@ -66,6 +66,10 @@ class Upload(HashedAppendFile):
         self.size = size
         self.hashed_size = -1  # a hash cannot be rolled back
 
+    def fileno(self) -> int:
+        """Return the descriptor of the file."""
+        return self._fd
+
     def is_hashed(self, algorithm: str) -> bool:
         """Return whether `verify` need not read the file for a digest of this algorithm."""
         return self.hashed_size == self.size and self._hasher.name == algorithm

@@ -38,10 +38,18 @@ class RegistryLogEntry:
 
 
 class DockerRegistry(BackgroundProcess):
-    """A registry for `host` on a port of 127.0.0.1, over TLS if `leaf` is given; `auth` goes into its config.yml."""
+    """A registry for `host` on a port of 127.0.0.1, over TLS if `leaf` is given.
+
+    `auth` and `storage` go into its config.yml.
+    """
 
     def __init__(
-        self, folder: Path, host: str, leaf: Leaf | None = None, auth: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        host: str,
+        leaf: Leaf | None = None,
+        auth: Mapping[str, Any] | None = None,
+        storage: Mapping[str, Any] | None = None,
     ) -> None:
         self.host = host
         self.port = free_port()
@@ -50,7 +58,11 @@ class DockerRegistry(BackgroundProcess):
         config: dict[str, Any] = {
             "version": "0.1",
             "log": {"level": "warn", "accesslog": {"disabled": False}},
-            "storage": {"filesystem": {"rootdirectory": str(self.storage)}, "delete": {"enabled": True}},
+            "storage": {
+                **(storage or {"filesystem": {"rootdirectory": str(self.storage)}}),
+                "delete": {"enabled": True},
+                "redirect": {"disable": True},
+            },
             "http": {"addr": f"127.0.0.1:{self.port}", "secret": secrets.token_hex(16)},
         }
         if leaf is not None:

@@ -1,0 +1,67 @@
+"""The composition of the hosted registry in a bucket. Only a daemon with REGISTRY_STORE imports this module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
+from dockerproxy.bucket.bucket_reads import BucketClient, BucketReads
+from dockerproxy.bucket.kept_answers import KeptAnswers
+from dockerproxy.bucket.request_signer import NoCredentials, RequestSigner
+from dockerproxy.bucket.s3 import BucketAgent, S3Bucket
+from dockerproxy.bucket.start_probe import StartProbe
+from dockerproxy.cache.composition import CacheParts
+from dockerproxy.cache.downloads import DownloadLimits, Downloads
+from dockerproxy.cache.space import CacheSpace
+from dockerproxy.errors import StoreRefused
+from dockerproxy.net.store_location import StoreLocation
+from dockerproxy.store.local_hosted_store import LocalUploads
+from dockerproxy.store.records import Records
+from dockerproxy.thread_pool import ContentParser
+
+__all__ = ["NoCredentials", "StoreRefused", "open_bucket", "open_store", "probe_store"]
+
+
+def probe_store(
+    reactor: Any,
+    location: StoreLocation,
+    variables: Mapping[str, str],
+    *,
+    read_only: bool,
+    proxy: str | None,
+    verify: str | bool,
+) -> list[str]:
+    """Look at the bucket before the daemon serves. Return sentences for the log. Blocks.
+
+    The variables of botocore in `variables`, which may come from a .env file, are set for this process and those that
+    it forks. Raise `NoCredentials` or `StoreRefused` if the bucket can never be used so.
+    """
+    for name, value in variables.items():
+        if name.startswith("AWS_"):
+            os.environ.setdefault(name, value)
+    signer = RequestSigner.find_credentials(reactor, location.region, os.environ)
+    return StartProbe(location, signer, proxy, verify).run(read_only=read_only)
+
+
+def open_bucket(reactor: Any, location: StoreLocation, agent: BucketAgent, clock: Any) -> S3Bucket:
+    """Return the bucket, with the credentials that `probe_store` found. Raise `NoCredentials`."""
+    signer = RequestSigner.find_credentials(reactor, location.region, os.environ)
+    return S3Bucket(reactor, agent, signer, location, clock)
+
+
+def open_store(
+    reactor: Any,
+    bucket: S3Bucket,
+    cache: CacheParts,
+    space: CacheSpace,
+    records: Records,
+    limits: DownloadLimits,
+    uploads: LocalUploads,
+    parser: ContentParser,
+) -> BucketHostedStore:
+    """Return the store in `bucket`, whose blobs are read through `cache`."""
+    downloads = Downloads(reactor, BucketClient(bucket), space, cache.ingests, cache.open_readers, limits, cache.board)
+    reads = BucketReads(reactor, bucket, cache.blobs, downloads, space, cache.open_readers)
+    return BucketHostedStore.from_parts(reactor, bucket, reads, KeptAnswers(reactor, records), parser, uploads)

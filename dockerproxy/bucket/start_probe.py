@@ -1,0 +1,82 @@
+"""The look at the bucket before the daemon serves: is it there, may we use it, and does it know conditions?
+
+A wrong bucket, key, region or clock stops the start. A store that does not answer does not, because it may come back
+before this daemon is asked for anything. Everything here blocks. It uses botocore's HTTP client, because the reactor
+does not run yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+from attrs import frozen
+from botocore.awsrequest import AWSRequest
+from botocore.exceptions import HTTPClientError
+from botocore.httpsession import URLLib3Session
+
+from dockerproxy.bucket.request_signer import RequestSigner
+from dockerproxy.bucket.store_errors import StoreAnswer
+from dockerproxy.errors import StoreRefused
+from dockerproxy.net.store_location import StoreLocation
+
+_TIMEOUT = 5.0  # seconds
+_PROBES = "dockerproxy/probe/"
+
+IGNORES_CONDITIONS = (
+    "does not keep to If-None-Match, so two gateways may both create an object: `dockerproxy gc` will refuse to run;"
+    " pushes and pulls work"
+)
+
+
+@frozen
+class StartProbe:
+    """Asks the bucket at `location`. `proxy` is the URL of a proxy; `verify` is a CA file, or whether to verify."""
+
+    location: StoreLocation
+    signer: RequestSigner
+    proxy: str | None = None
+    verify: str | bool = True
+
+    def run(self, *, read_only: bool) -> list[str]:
+        """Return sentences for the log. Raise `StoreRefused` if the bucket can never be used so."""
+        key = f"{_PROBES}{secrets.token_hex(8)}"
+        try:
+            refusal = self._send("GET", "", [("list-type", "2"), ("max-keys", "1")])
+            if refusal is None and not read_only:
+                return self._try_conditions(key)
+        except (HTTPClientError, OSError) as error:
+            return [f"{self.location} does not answer ({error}); until it does, pushes fail"]
+        if refusal is None:
+            return []
+        return self._judge(refusal)
+
+    def _try_conditions(self, key: str) -> list[str]:
+        condition = [("If-None-Match", "*")]
+        first = self._send("PUT", key, fields=condition)
+        if first is not None:
+            return self._judge(first)
+        second = self._send("PUT", key, fields=condition)
+        self._send("DELETE", key)
+        return [] if second is not None and second.status == 412 else [f"{self.location} {IGNORES_CONDITIONS}"]
+
+    def _judge(self, answer: StoreAnswer) -> list[str]:
+        error = answer.error(self.location)
+        if isinstance(error, StoreRefused):
+            raise error
+        return [f"{error.message}; until then, pushes fail"]
+
+    def _send(
+        self, method: str, key: str, query: Sequence[tuple[str, str]] = (), fields: Sequence[tuple[str, str]] = ()
+    ) -> StoreAnswer | None:
+        """Return the refusal, or None after a success."""
+        url = self.location.url(key, query)
+        signed = self.signer.sign_now(method, url, fields, hashlib.sha256().hexdigest())
+        proxies = None if self.proxy is None else {"http": self.proxy, "https": self.proxy}
+        session = URLLib3Session(verify=self.verify, proxies=proxies, timeout=_TIMEOUT)
+        try:
+            response = session.send(AWSRequest(method, url, dict(signed), b"").prepare())
+        finally:
+            session.close()
+        return None if response.status_code < 300 else StoreAnswer.parse(response.status_code, response.content)
