@@ -694,7 +694,9 @@ def test_permission_denied(tmp_path: Path) -> None:
         server.bind(str(directory / "control.sock"))
         server.listen()
         arguments = ["--socket", str(directory / "control.sock"), "ls"]
-        code = f"import os, sys; from dockerproxy.cli import main; os.setuid(65534); sys.exit(main({arguments}))"
+        # All that the command needs is imported before, because the other user may be unable to read Python's files.
+        imports = "import os, shutil, sys, dockerproxy.commands.images; from dockerproxy.cli import main"
+        code = f"{imports}; os.setuid(65534); sys.exit(main({arguments}))"
         completed = subprocess.run(
             [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
         )
