@@ -226,18 +226,29 @@ class BrowserPage:
         document = await self._overview.get("image", viewer, arguments)
         reference = views.chosen_reference(document, query.get("tag"))
         tag = next((tag for tag in document["tags"] if reference in (tag["tag"], tag["digest"])), None)
-        manifest = None
-        if tag is not None:
-            wanted = {"name": name, "where": document["image"]["where"], "digest": tag["digest"]}
-            if query.get("platform"):
-                wanted["platform"] = query["platform"]
-            manifest = await self._overview.get("manifest", viewer, wanted)
-        context = views.image(document, manifest, (reference, query.get("platform")), self._clock())
+        shown = None if tag is None else await self._shown_manifest(viewer, document, tag, query.get("platform"))
+        pull = views.pull_command(document["image"], self._place.name)
+        context = views.image(document, shown, reference, pull, self._clock())
         context["reasons"] = []
         context["confirm"] = None
         if query.get("confirm") == "remove" and viewer.is_admin and tag is not None:
             context["confirm"] = views.confirm_removal(document["image"], tag)
         await self._respond_page(request, "image", visitor, context, query, nav="images")
+
+    async def _shown_manifest(
+        self, viewer: Viewer, document: Document, tag: Document, platform: str | None
+    ) -> views.ShownManifest:
+        """Return the manifest of a tag, and that of one of its platforms if it is an index."""
+        of_image = {"name": document["image"]["name"], "where": document["image"]["where"]}
+        manifest = await self._overview.get("manifest", viewer, {**of_image, "digest": tag["digest"]})
+        child = views.chosen_platform(manifest["platforms"], platform)
+        content = manifest
+        if child is not None:
+            try:
+                content = await self._overview.get("manifest", viewer, {**of_image, "digest": child["digest"]})
+            except NameUnknown:
+                content = {**manifest, "layers": []}
+        return views.ShownManifest(manifest, content, None if child is None else child["platform"])
 
     async def _show_registries(self, request: Request, query: Mapping[str, str]) -> None:
         visitor = await self.sign_in.visitor(request)

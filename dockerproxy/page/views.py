@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from attrs import frozen
+
+from dockerproxy.oci.docker_hub import short_name
 from dockerproxy.page import words
 from dockerproxy.page.charts import RANGES, sparkline
 
@@ -26,6 +29,7 @@ _MAX_BARS = 100
 _MAX_ANNOTATIONS = 20
 _MAX_TRANSFERS = 100
 _IMAGE_LABEL = "org.opencontainers.image."  # which most annotations begin with
+_IMAGE_CONFIGS = ("application/vnd.oci.image.config.", "application/vnd.docker.container.image.")
 _MIN_BAR = 0.8  # percent of the width, so that a small layer is seen
 
 
@@ -228,19 +232,43 @@ def image_path(name: str, where: str, **query: object) -> str:
     return f"/images/{quote(name, errors='replace')}" + (f"?{urlencode(values, errors='replace')}" if values else "")
 
 
+@frozen
+class ShownManifest:
+    """The `manifest` document of a tag, and the one with its `content`: of the `platform` if it is an index."""
+
+    manifest: Document
+    content: Document
+    platform: str | None
+
+
+def chosen_platform(platforms: Sequence[Document], wanted: str | None) -> Document | None:
+    """Return the part of an index to show: the `wanted` platform, else one that is here. None if it is no index."""
+    named = [part for part in platforms if part["platform"] == wanted]
+    present = [part for part in platforms if part["present"]]
+    usual = [part for part in present if part["platform"] == "linux/amd64"]
+    return next(iter([*named, *usual, *present, *platforms]), None)
+
+
+def pull_command(image: Document, own_name: str) -> str:
+    """Return the command that pulls an image, up to its tag. `own_name` is that of the hosted registry."""
+    if image["where"] == "hosted":
+        return f"docker pull {own_name}/{image['name']}"
+    return f"docker pull {short_name(image['name'])}"
+
+
 def image(
     document: Document,
-    manifest: Document | None,
-    chosen: tuple[str | None, str | None],
+    shown: ShownManifest | None,
+    reference: str | None,
+    pull: str,
     now: float,
 ) -> dict[str, Any]:
-    """Return the page of an `image` document. `chosen` are the tag or the digest, and the platform, that are shown.
+    """Return the page of an `image` document. `reference` is the tag or the digest of the manifest that is `shown`.
 
-    `manifest` is the document of what is chosen.
+    `pull` is the command that pulls the image, up to its tag.
     """
     image = document["image"]
     where = image["where"]
-    reference, platform = chosen
     *parents, name = image["name"].split("/")
     crumbs = [
         {"text": parent, "prefix": "/".join(parents[: number + 1]) + "/"} for number, parent in enumerate(parents)
@@ -259,7 +287,7 @@ def image(
             "previous": image_path(image["name"], where, page=page - 1) if page > 1 else None,
             "next": image_path(image["name"], where, page=page + 1) if page < pages else None,
         },
-        "selected": None if selected is None else _selected(image, selected, manifest, platform, document["pull"]),
+        "selected": None if selected is None else _selected(image, selected, shown, pull),
     }
 
 
@@ -270,6 +298,7 @@ def _tag(tag: Document, image: Document, reference: str | None, now: float) -> d
     checked = tag["checked"]
     return {
         **tag,
+        "kind": _kind(tag),
         "selected": own_reference == reference,
         "pinned": tag.get("pinned", False),
         "freshness": "" if checked is None else f"asked {words.age(now, checked)}",
@@ -279,40 +308,49 @@ def _tag(tag: Document, image: Document, reference: str | None, now: float) -> d
     }
 
 
-def _selected(
-    image: Document, tag: Document, manifest: Document | None, platform: str | None, pull: str
-) -> dict[str, Any]:
+def _kind(tag: Document) -> str:
+    media_type = tag["media_type"] or ""
+    if "index" in media_type or "manifest.list" in media_type:
+        return "index"
+    return "image"
+
+
+def _selected(image: Document, tag: Document, shown: ShownManifest | None, pull: str) -> dict[str, Any]:
     reference = tag["tag"] or tag["digest"]
     where = image["where"]
-    # No other artifact can be pulled by docker.
-    command = f"{pull}{':' if tag['tag'] else '@'}{reference}" if tag["kind"] != "artifact" else ""
+    artifact_type = "" if shown is None else shown.content["artifact_type"] or ""
+    if artifact_type.startswith(_IMAGE_CONFIGS):
+        artifact_type = ""
+    command = "" if artifact_type else f"{pull}{':' if tag['tag'] else '@'}{reference}"
     selected: dict[str, Any] = {
         "title": tag["tag"] or words.short_digest(tag["digest"]),
         "pull": command,
         "digest": tag["digest"],
-        "kind": tag["kind"],
-        "media_type": tag["media_type"],
+        "kind": "artifact" if artifact_type else tag["kind"],
+        "media_type": artifact_type or tag["media_type"],
         "freshness": tag["freshness"],
         "readable_by": _readable_by(image, tag),
         "platforms": [],
-        "platform": platform,
+        "platform": None,
         "layers": None,
         "annotations": [],
     }
-    if manifest is not None:
+    if shown is not None:
+        selected["platform"] = shown.platform
         selected["platforms"] = [
             {
                 "name": each["platform"],
                 "present": each["present"],
-                "selected": each["platform"] == platform,
+                "selected": each["platform"] == shown.platform,
                 "link": image_path(image["name"], where, tag=reference, platform=each["platform"]),
             }
-            for each in manifest["platforms"]
+            for each in shown.manifest["platforms"]
         ]
-        selected["layers"] = layers(manifest["layers"]) if manifest["layers"] else None
+        selected["layers"] = layers(shown.content["layers"]) if shown.content["layers"] else None
+        annotations = {**shown.content["annotations"], **shown.manifest["annotations"]}
         selected["annotations"] = [
             {"name": name.removeprefix(_IMAGE_LABEL), "value": value}
-            for name, value in list(manifest["annotations"].items())[:_MAX_ANNOTATIONS]
+            for name, value in list(annotations.items())[:_MAX_ANNOTATIONS]
         ]
     return selected
 
@@ -331,18 +369,13 @@ def layers(documents: Sequence[Document]) -> dict[str, Any]:
     bars, x = [], 0.0
     for layer in shown:
         width = _MIN_BAR + room * (layer["size"] / total if total else 1 / len(shown))
-        state = "absent" if not layer["present"] else "shared" if layer["shared"] else "here"
-        text = {
-            "absent": ", not here: fetched when asked for",
-            "shared": ", shared with other repositories",
-            "here": "",
-        }
+        state = "here" if layer["present"] else "absent"
         bars.append(
             {
                 "x": f"{x:.2f}",
                 "width": f"{max(0.1, width - 0.3):.2f}",
                 "state": state,
-                "text": words.size(layer["size"]) + text[state],
+                "text": words.size(layer["size"]) + ("" if layer["present"] else ", not here: fetched when asked for"),
             }
         )
         x += width
@@ -350,7 +383,6 @@ def layers(documents: Sequence[Document]) -> dict[str, Any]:
         "bars": bars,
         "count": len(documents),
         "here": sum(bool(layer["present"]) for layer in documents),
-        "shared": sum(bool(layer["shared"]) for layer in documents),
         "size": total,
     }
 

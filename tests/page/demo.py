@@ -199,23 +199,22 @@ class DemoOverview:
                 if not found_images and not self.hostile:
                     raise NameUnknown(f"there is no image {arguments['name']} here that you may see")
                 shown = found_images[0] if found_images else {**images[0], "name": arguments["name"]}
-                name = shown["name"].removeprefix("docker.io/library/").removeprefix("docker.io/")
                 tags = [("1.29", 74, 120, True, "65e7571b"), ("1.29-alpine", 21, 540, False, "0aea2811"),
                         ("latest", 74, 840, False, "65e7571b"), ("1.27", 72, 6 * DAY, False, "1d9268e4")]  # fmt: skip
-                return {"image": shown, "page": 1, "pages": 1, "pull": f"docker pull {name}", "tags": [
-                    {"tag": self.hostile[:100] or tag, "digest": "sha256:" + digest + "ad42" * 14, "kind": "index",
+                return {"image": shown, "page": 1, "pages": 1, "tags": [
+                    {"tag": self.hostile[:100] or tag, "digest": "sha256:" + digest + "ad42" * 14, "present": True,
                      "media_type": self.hostile or "application/vnd.oci.image.index.v1+json",
                      "platforms": shown["platforms"], "size": int(size * 1e6), "last_used": NOW - seconds,
                      "private": False, "checked": NOW - seconds, "pinned": pinned}
                     for tag, size, seconds, pinned, digest in tags]}  # fmt: skip
             case "manifest":
-                sizes = [(29.1, True, True), (42.3, True, False), (2.2, True, False), (0.9, False, False)]
+                sizes = [(29.1, True), (42.3, True), (2.2, True), (0.9, False)]
                 digest = "sha256:" + "12" * 32
-                return {"digest": arguments["digest"], "platforms": [
+                return {"digest": arguments["digest"], "artifact_type": None, "platforms": [
                     {"platform": f"linux/{name}", "digest": digest, "present": name in ("amd64", "arm64")}
                     for name in ("amd64", "arm64", "arm/v7", "s390x")],
-                    "layers": [{"digest": digest, "size": int(size * 1e6), "present": present, "shared": shared}
-                               for size, present, shared in sizes], "config": "sha256:" + "56" * 32,
+                    "layers": [{"digest": digest, "size": int(size * 1e6), "present": present}
+                               for size, present in sizes], "config": "sha256:" + "56" * 32,
                     "annotations": {"org.opencontainers.image.source": self.hostile or "https://git.example/nginx",
                                     "org.opencontainers.image.version": self.hostile or "1.29.3"}}  # fmt: skip
             case "status":

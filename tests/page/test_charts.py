@@ -84,9 +84,7 @@ def test_a_strangers_text_is_short_and_printable(text: str, limit: int) -> None:
     assert shown.isprintable()
 
 
-@given(
-    st.lists(st.builds(dict, size=st.integers(0, 10**12), present=st.booleans(), shared=st.booleans()), max_size=300)
-)
+@given(st.lists(st.builds(dict, size=st.integers(0, 10**12), present=st.booleans()), max_size=300))
 def test_the_bar_of_layers_is_as_wide_as_its_box(layers: list[dict[str, Any]]) -> None:
     bars = views.layers(layers)["bars"]
     assert len(bars) == min(len(layers), 100)
