@@ -206,7 +206,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         ),
         doctor_settings(configuration, state.warnings),
     )
-    shared_state.doctor_report = doctor.report
+    shared_state.doctor_report = doctor.report_for_page
     overview.sources.notices = partial(find_notices, doctor)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
     server.metrics.set(RELOAD_SUCCESS, 1)

@@ -24,9 +24,10 @@ from dockerproxy.upstream.shared_logins import SharedLogins
 DOCTOR_THREADS = PoolLimits(threads=6, threads_per_client=6, waiting=64, waiting_per_client=64)
 """The threads of the checks, apart from all others, because some of them may hang."""
 
-REPORT_TTL = 10.0
+REPORT_TTL = 2.0
 """Seconds for which a report counts."""
-QUICK_TTL = 2.0
+PAGE_TTL = 60.0
+"""Those for a page: its viewers must not make us ask all registries, or try a login, all the time."""
 
 
 @frozen(kw_only=True)
@@ -84,13 +85,17 @@ class Doctor:
     _reports: dict[bool, tuple[float, Report]] = field(factory=dict, init=False)
     _network: tuple[float, Sequence[Diagnosis]] = field(default=(0.0, ()), init=False)
 
-    async def report(self, quick: bool) -> Report:
-        """Return the report of all checks, which takes some seconds at most.
+    async def report_for_page(self, quick: bool) -> Report:
+        """Return `report`; that of all checks may be a minute old."""
+        return await self.report(quick, REPORT_TTL if quick else PAGE_TTL)
+
+    async def report(self, quick: bool, max_age: float = REPORT_TTL) -> Report:
+        """Return the report of all checks, which takes some seconds at most, and may be `max_age` seconds old.
 
         A `quick` one asks nobody on the network; of that, it has the findings of the last full run.
         """
         made_at, report = self._reports.get(quick, (0.0, {}))
-        if report and self.sources.reactor.seconds() - made_at < (QUICK_TTL if quick else REPORT_TTL):
+        if report and self.sources.reactor.seconds() - made_at < max_age:
             return report
         return await self._runs.do(quick, lambda: self._make_report(quick))
 

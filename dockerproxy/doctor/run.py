@@ -186,10 +186,11 @@ async def _resolve(sources: DoctorSources, name: str) -> tuple[Sequence[str], Se
 
 
 async def _proxy(sources: DoctorSources, settings: DoctorSettings) -> list[Diagnosis]:
-    proxy = settings.settings.upstream_proxy
-    if proxy is None:
-        return []
-    host = Host(proxy.host, proxy.port)
-    _, own = await _resolve(sources, host.name)  # which returns an address as it is
-    is_own = any(own) and proxy.port in {port.number for port in sources.open_ports()}
-    return list(checks.check_proxy(settings.proxy_setting, host.authority, is_own=is_own))
+    first = settings.settings.upstream_proxy
+    ports = {port.number for port in sources.open_ports()}
+    findings: list[Diagnosis] = []
+    for proxy in () if first is None else (first, *first.others):
+        host = Host(proxy.host, proxy.port)
+        _, own = await _resolve(sources, host.name)  # which returns an address as it is
+        findings += checks.check_proxy(settings.proxy_setting, host.authority, is_own=any(own) and proxy.port in ports)
+    return findings

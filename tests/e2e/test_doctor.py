@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import resource
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import FakeRegistry, respond_html, respond_status
-from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.http_server import HTTPExchange
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
+from tests.e2e.harness.pki import UpstreamCA
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
 
@@ -58,6 +65,55 @@ def test_nothing_is_wrong(upstreams: Upstreams, start_daemon: StartDaemon) -> No
     assert any("its certificate is by the upstreams' CA" in line for line in lines)
     assert "ok    the login for basic.test in AUTH_REGISTRIES is accepted" in lines
     assert "ok    this machine's clock agrees with the registries'" in lines
+
+
+def write_authority(folder: Path, *permitted: str) -> dict[str, str]:
+    """Write a CA that may sign for the names `permitted` only, and return the settings with it."""
+    ca = UpstreamCA(folder, "a CA with constraints")
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.DNSName(name) for name in permitted]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(ca.certificate.subject)
+        .issuer_name(ca.certificate.subject)
+        .public_key(ca.key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=60))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.NameConstraints(names, None), critical=True)
+        .sign(ca.key, hashes.SHA256())
+    )
+    (folder / "own.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    encryption = serialization.NoEncryption()
+    key = ca.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    (folder / "own.key").touch(0o600)
+    (folder / "own.key").write_bytes(key)
+    return {"CA_CRT_FILE": str(folder / "own.crt"), "CA_KEY_FILE": str(folder / "own.key")}
+
+
+def test_clock_and_constraints(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """All registries say that it is two hours later, and the CA, which ends soon, may not sign for one of them."""
+
+    def respond_later(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        exchange.respond(200, {"Date": formatdate(time.time() + 7300, usegmt=True)}, b"{}")
+
+    upstreams.fake.add_rule("GET", "^/v2/$", respond_later)
+    addresses = dict.fromkeys(("registry-1.docker.io:443", "fake.test:443"), upstreams.fake.port)
+    daemon = start_daemon(
+        REGISTRIES="fake.test",
+        UPSTREAM_ADDRESSES=format_upstream_addresses(addresses),
+        VERIFY_SSL="false",
+        REGISTRY_HOSTNAME="localhost",
+        CACHE_MAX_SIZE="64m",
+        TRUSTED_PROXIES="127.0.0.1",
+        **write_authority(tmp_path / "own", "docker.io", "docker.com", "localhost"),
+    )
+    found = problems(daemon)
+    assert sorted(found) == ["ca", "ca constraints", "clock"]
+    assert "this machine's clock is 2 hours behind that of " in found["clock"]["sentence"]
+    assert found["ca constraints"]["sentence"] == "the CA's name constraints do not permit fake.test"
+    assert found["ca"]["sentence"].startswith("the CA ends on 20")
 
 
 @pytest.fixture
