@@ -6,6 +6,7 @@ import http.client
 import signal
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,6 +63,24 @@ def test_a_cold_blob_is_sent_once(upstreams: Upstreams, tmp_path: Path, workers:
         assert upstream_bytes(upstreams.fake, digest) == len(data)
         statuses = [entry.cache_status for member in fleet.members for entry in member.access_log()]
         assert statuses.count("PEER") == 3  # once for each member that is not the owner
+
+
+def test_an_image_of_many_clients_is_one_counted_pull(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Registries count each GET of a manifest."""
+    image = images.build_small_image("fleet-image")
+    upstreams.fake.put("fleet/image", "1", image)
+    url = f"{FAKE}/v2/fleet/image/manifests/1"
+    with running_fleet(tmp_path, upstreams, 4) as fleet, ThreadPoolExecutor(16) as pool:
+        tasks = [
+            pool.submit(member.client.get, url, Accept=ACCEPT_MANIFESTS) for member in fleet.members for _ in range(4)
+        ]
+        assert {task.result().body for task in tasks} == {image.manifest.data}
+        counted = upstreams.fake.find_requests("GET", "fleet/image/manifests")
+        assert len(counted) == 1, [request.path for request in counted]
+        for member in fleet.members:
+            again = member.client.get(url, Accept=ACCEPT_MANIFESTS)
+            assert again.body == image.manifest.data and again.cache_status in ("REVALIDATED", "JOINED")
+        assert len(upstreams.fake.find_requests("GET", "fleet/image/manifests")) == 1
 
 
 def test_the_owner_is_killed_in_the_middle(upstreams: Upstreams, tmp_path: Path) -> None:
@@ -239,3 +258,18 @@ def test_parents_that_form_a_circle_refuse(upstreams: Upstreams, tmp_path: Path)
     finally:
         first.stop()
         second.stop()
+
+
+def test_the_administrators_login_serves_all_members(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Each member has it, so that none sends it to another."""
+    image = images.build_small_image("fleet-login", size=300_000)
+    upstreams.push_to_basic("fleet/login", "1", image)
+    login = f"basic.test|alice|{upstreams.users['alice']}"
+    settings = {"AUTH_REGISTRIES": login, "AUTH_REGISTRY_DELIMITER": "|"}
+    with running_fleet(tmp_path, upstreams, 3, **settings) as fleet:
+        for path in ("manifests/1", f"blobs/{image.layers[0].digest}"):
+            answers = [
+                member.client.get(f"{BASIC}/v2/fleet/login/{path}", Accept=ACCEPT_MANIFESTS) for member in fleet.members
+            ]
+            assert {answer.status for answer in answers} == {200}
+            assert [answer.cache_status for answer in answers].count("PEER") == 2
