@@ -18,7 +18,6 @@ class LiveView:
         self.overview: Event | None = None
         self.cache: Event = {}
         self.traffic: Event = {"served": 0, "downloaded": 0}
-        self._now: float | None = None
         self._transfers: dict[str, Event] = {}
         self._up: dict[str, bool] = {}
 
@@ -27,7 +26,6 @@ class LiveView:
         if event.get("first"):
             self._transfers, self._up = {}, {}
             self.is_complete = True
-        self._now = event.get("now", self._now)
         self.cache, self.traffic = event.get("cache", self.cache), event.get("traffic", self.traffic)
         for transfer in event.get("transfers", ()):
             self._transfers[transfer["id"]] = self._transfers.get(transfer["id"], {}) | transfer
@@ -51,7 +49,6 @@ class LiveView:
     def snapshot(self) -> Event:
         """Return the state as a JSON value."""
         return {
-            "now": self._now,
             "traffic": self.traffic,
             "cache": self.cache,
             "transfers": self.transfers(SORTS[0]),

@@ -51,7 +51,7 @@ def _print_lines(source: _Source, count: int | None) -> None:
     source.wait_for_event(view)
     due = time.monotonic()
     while True:
-        print_line(json.dumps(view.snapshot()))
+        print_line(json.dumps({"now": time.time(), **view.snapshot()}))
         sys.stdout.flush()
         if count is not None and (count := count - 1) == 0:
             return

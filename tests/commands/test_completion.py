@@ -130,6 +130,14 @@ def test_an_unexpected_answer_proposes_nothing(complete: Complete, daemon: Contr
     assert complete("dockerproxy rm nginx") in ([], ["files"])
 
 
+def test_the_socket_that_was_given_is_asked(
+    complete: Complete, names: None, daemon: ControlSocketStub, tmp_path: Path
+) -> None:
+    daemon.path.rename(tmp_path / "other.sock")
+    assert complete(f"dockerproxy --socket {tmp_path}/other.sock rm nginx-") == ["nginx-extra"]
+    daemon.path = tmp_path / "other.sock"
+
+
 def test_without_a_daemon(complete: Complete, daemon: ControlSocketStub) -> None:
     daemon.path.unlink()
     assert complete("dockerproxy rm ngi") in ([], ["files"])

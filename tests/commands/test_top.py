@@ -64,7 +64,6 @@ def test_events_change_the_state(view: LiveView) -> None:
     assert [(row["id"], row["done"], row["readers"]) for row in snapshot["transfers"]] == [
         ("3", 1_000_000_000, 1), ("1", 800, 3)
     ]  # fmt: skip
-    assert snapshot["now"] == NOW + 2
     assert snapshot["registries"] == [{"name": "docker.io", "up": False}]
     assert snapshot["cache"] == {"bytes": 7, "limit": 9}
     assert [row["up"] for row in view.registries()] == [False, False]
@@ -143,7 +142,8 @@ def test_a_line_of_json_each_second(ticking: ControlSocketStub, run: Run) -> Non
     assert (status, errors) == (0, "")
     first, second = map(json.loads, output.splitlines())
     assert first["traffic"] == FIRST["traffic"]
-    assert second["now"] > NOW, "events between the lines were applied"
+    assert first["now"] == NOW
+    assert second["transfers"][0]["done"] > 1_000_000_000, "events between the lines were applied"
     assert "\x1b" not in output
 
 
@@ -153,7 +153,7 @@ def test_the_reader_of_the_lines_leaves(ticking: ControlSocketStub) -> None:
         ["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=60, check=True
     )
     line, status = completed.stdout.splitlines()
-    assert json.loads(line)["now"] >= NOW
+    assert json.loads(line)["traffic"] == FIRST["traffic"]
     assert (status, completed.stderr) == ("0", "")
 
 
