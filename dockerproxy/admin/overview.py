@@ -364,8 +364,8 @@ class LocalOverview:
 
     async def _in_store(self, where: str, function: Callable[..., Any], argument: object) -> Any:
         """Return what `function` returns, which reads a store. The cache does not wait for REGISTRY_DIR."""
-        if where == HOSTED:
-            return await self._registry_disk.run(function, argument)
+        if where == HOSTED and self._registry_disk.file_system is not None:
+            return await self._registry_disk.read(function, argument)  # it ends if the file system does not answer
         return await in_thread(self._reactor, function, argument)
 
     def _show_repository(self, row: RepositorySummary) -> Document:

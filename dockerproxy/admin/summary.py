@@ -215,6 +215,7 @@ class Summaries:
         self._sorted: dict[str, list[RepositorySummary]] = {}  # by the sort key, ascending
         self._running: set[str] = set()
         self._renewed: set[str] = set()  # the stores that were read once
+        self._is_in_hosted_store = False  # whether a thread is; it may hang, and another one would do so, too
         self._pulls: Mapping[str, int] = {}
         self.load_pulls: Callable[[], Mapping[str, int]] = dict
         """Returns the pulls of the last 30 days by name. Blocks."""
@@ -233,7 +234,7 @@ class Summaries:
         """Read what has changed. Do nothing for a store that is being read already."""
         for reader in self._readers:
             kind = reader.store.kind
-            if kind in self._running:
+            if kind in self._running or (kind == HOSTED and self._is_in_hosted_store):
                 continue
             self._running.add(kind)
             try:
@@ -241,7 +242,7 @@ class Summaries:
                 others = sum(len(rows) for other, rows in self._rows.items() if other != kind)
                 steps = reader.renew(self._rows[kind], found, MAX_REPOSITORIES - others)
                 if kind == HOSTED and self._disk.file_system is not None:
-                    while await self._disk.read(_run_some, steps):
+                    while await self._disk.read(self._run_some, steps):
                         pass
                 else:
                     await self._thread.run(steps)
@@ -254,6 +255,14 @@ class Summaries:
                 self._running.remove(kind)
         self._pulls = await in_thread(self._reactor, self.load_pulls)
         self._sorted = {}
+
+    def _run_some(self, steps: Iterator[None]) -> bool:
+        """Do some steps in the hosted store. Return whether there may be more. Blocks."""
+        self._is_in_hosted_store = True
+        try:
+            return sum(1 for _ in islice(steps, _STEPS_AT_ONCE)) == _STEPS_AT_ONCE
+        finally:
+            self._is_in_hosted_store = False
 
     def pulls(self, row: RepositorySummary) -> int | None:
         """Return the pulls of a repository in the last 30 days; None if they are not counted."""
@@ -323,8 +332,3 @@ class Summaries:
             case "pulls":
                 return lambda row: (self.pulls(row) or 0, row.name)
         return lambda row: (row.name, row.where)
-
-
-def _run_some(steps: Iterator[None]) -> bool:
-    """Do some steps. Return whether there may be more. Blocks."""
-    return sum(1 for _ in islice(steps, _STEPS_AT_ONCE)) == _STEPS_AT_ONCE

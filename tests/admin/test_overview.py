@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -24,7 +25,7 @@ from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.daemon.history import History
 from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.errors import BadRequest, NameUnknown, RegistryError
+from dockerproxy.errors import BadRequest, NameUnknown, RegistryError, ServiceOverloaded
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.disk_access import LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
@@ -618,3 +619,57 @@ def test_a_disk_that_fails_leaves_the_old_list(world: World, monkeypatch: pytest
 def test_who_is_not_there_is_unknown(world: World) -> None:
     with pytest.raises(NameUnknown):
         world.run(world.local.get("image", ADMIN, {"name": "no/such"}))
+
+
+class HangingDisk:
+    """A network file system: `hangs` makes its functions wait, and then the reader gives up."""
+
+    file_system = "nfs4"
+
+    def __init__(self) -> None:
+        self.hangs = False
+        self.stuck: list[Any] = []
+
+    async def read(self, function: Any, *args: Any) -> Any:
+        if not self.hangs:
+            return function(*args)
+        thread = threading.Thread(target=function, args=(_HangingSteps(self),), daemon=True)
+        thread.start()
+        while not self.stuck:
+            time.sleep(0.001)
+        raise ServiceOverloaded("it has not answered for 30 seconds")
+
+    run = read
+
+
+class _HangingSteps:
+    """Steps, the first of which lasts until the disk answers."""
+
+    def __init__(self, disk: HangingDisk) -> None:
+        self._disk = disk
+
+    def __iter__(self) -> Any:
+        self._disk.stuck.append(threading.current_thread())
+        while self._disk.hangs:
+            time.sleep(0.001)
+        yield None
+
+
+def test_a_hosted_store_that_hangs_takes_one_thread_and_the_cache_goes_on(world: World) -> None:
+    fill(world)
+    disk: Any = HangingDisk()
+    world.summaries._disk = disk
+    world.walk()
+    assert "platform/base" in world.names()
+    disk.hangs = True
+    for number in range(3):
+        world.put_cached(f"{HUB}/library/new{number}", platform_image("amd64", b"new"), "1")
+        world.walk()
+        assert f"docker.io/library/new{number}" in world.names()
+        assert "platform/base" in world.names()
+    assert len(disk.stuck) == 1
+    disk.hangs = False
+    disk.stuck[0].join()
+    put_image(world.hosted, "platform/more", NGINX, "v1")
+    world.walk()
+    assert "platform/more" in world.names()
