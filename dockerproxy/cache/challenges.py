@@ -189,6 +189,10 @@ class Challenges:
         """Return the stored challenges of `registry`, without a request."""
         return parse_challenges(self._load(registry)[0] or [])
 
+    def knows(self, registry: Registry) -> bool:
+        """Return whether `ensure_known` has nothing to do."""
+        return registry in self._known_registries
+
     async def ensure_known(self, registry: Registry) -> None:
         """Learn the challenges of `registry` unless they are known, because the choice of login depends on them."""
         if registry in self._known_registries:

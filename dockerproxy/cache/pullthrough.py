@@ -6,7 +6,7 @@ that is used upstream for the client, and delegates to `manifests` and `blobs`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -185,8 +185,7 @@ class CachedRegistry:
         return self.cache.logins.login_for(self.registry) or Anonymous()
 
     async def _prepare(self) -> None:
-        """Check the client's token, and learn what the choice of a login depends on. Raise `Unauthorized`."""
-        self._check_token()
+        """Learn what the choice of a login depends on."""
         await self.cache.challenges.ensure_known(self.registry)
         if self.cache.logins.asks_provider:
             await self._obtain_login()
@@ -221,30 +220,37 @@ class CachedRegistry:
         login = self.cache.logins.login_for(self.registry)
         return None if login is None or self.cache.identities.is_bound(self.authorization) else login
 
-    async def manifest(
+    # A hit pays for each coroutine, so these two are none.
+
+    def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
-    ) -> ManifestResponse:
-        """Return a manifest. Raise `UpstreamRefused`, `UpstreamError`."""
-        await self._prepare()
+    ) -> Coroutine[Any, Any, ManifestResponse]:
+        """Return a manifest. Raise `Unauthorized`, `UpstreamRefused`, `UpstreamError`."""
+        manifests = self.cache.manifests
 
         def get(credential: Credential) -> Awaitable[ManifestResponse]:
-            return self.cache.manifests.get(self._principal(name, credential), reference, accept, head=head)
+            return manifests.get(self._principal(name, credential), reference, accept, head=head)
 
-        if self._may_hold_public_token():
-            return await self._try_as_public(name, get)
-        return await self._try(self.credential, get)
+        return self._pull(name, get)
 
-    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
-        """Return a blob. Raise `UpstreamRefused`, `UpstreamError`."""
-        await self._prepare()
+    def blob(self, name: Repository, digest: Digest, *, head: bool) -> Coroutine[Any, Any, BlobResponse]:
+        """Return a blob. Raise `Unauthorized`, `UpstreamRefused`, `UpstreamError`."""
         blobs = self.cache.blobs
+        method = blobs.head if head else blobs.get
 
         def get(credential: Credential) -> Awaitable[BlobResponse]:
-            return (blobs.head if head else blobs.get)(self._principal(name, credential), digest)
+            return method(self._principal(name, credential), digest)
 
+        return self._pull(name, get)
+
+    async def _pull(self, name: Repository, attempt: Callable[[Credential], Awaitable[T]]) -> T:
+        """Return the result of `attempt` with a credential that suffices for the repository `name`."""
+        self._check_token()
+        if self.cache.logins.asks_provider or not self.cache.challenges.knows(self.registry):
+            await self._prepare()
         if self._may_hold_public_token():
-            return await self._try_as_public(name, get)
-        return await self._try(self.credential, get)
+            return await self._try_as_public(name, attempt)
+        return await self._try(self.credential, attempt)
 
     def _may_hold_public_token(self) -> bool:
         """Return whether the client's token may be one of clients without a login, from a realm that it used itself."""
@@ -270,28 +276,34 @@ class CachedRegistry:
         return await self._try(self.credential, attempt)
 
     async def _try(self, credential: Credential, attempt: Callable[[Credential], Awaitable[T]]) -> T:
-        """Return the result of `attempt` with `credential`.
-
-        If that is a login of the administrator's and upstream denies access, which may be because it has ended, the
-        attempt is repeated with what else the client may use, at last without a login: public images go on. A token
-        that may be nobody's is not the client's only credential either.
-        """
+        """Return the result of `attempt` with `credential`, or as `_try_others` does with another one."""
         try:
             return await attempt(credential)
         except RegistryError as error:
-            login = self._login_beside_token()
-            if not _is_denial_of(credential, error) or (self.authorization is not None and login is None):
-                raise
             denial = error
+        return await self._try_others(credential, attempt, denial)
+
+    async def _try_others(
+        self, credential: Credential, attempt: Callable[[Credential], Awaitable[T]], error: RegistryError
+    ) -> T:
+        """Return the result of `attempt`, which failed with `error` and `credential`, with another credential.
+
+        If `credential` is a login of the administrator's and upstream denied access, which may be because it has ended,
+        the attempt is repeated with what else the client may use, at last without a login: public images go on. A token
+        that may be nobody's is not the client's only credential either.
+        """
+        login = self._login_beside_token()
+        if not _is_denial_of(credential, error) or (self.authorization is not None and login is None):
+            raise error
         if login is not None:
             return await evolve(self, authorization=None)._try(login, attempt)
         for other in await self.cache.logins.alternatives(self.registry, credential, self.client):
             try:
                 return await attempt(other)
-            except RegistryError as error:
-                if not _is_denial_of(other, error):
+            except RegistryError as failure:
+                if not _is_denial_of(other, failure):
                     raise
-        raise self._explained_denial(denial)
+        raise self._explained_denial(error)
 
     def _explained_denial(self, error: RegistryError) -> RegistryError:
         """Return `error`, or one that names the setting if the reason for it is that its login is refused."""

@@ -200,7 +200,7 @@ class HTTPChannel(Protocol):
         return self._body is not None and self._body.exceeds_discard_limit
 
     def on_response_started(self) -> None:
-        """Note how long the client waited for the response."""
+        """Note how long the client waited for the head of a response that is not sent in one piece."""
         if self._request is not None:
             self._request.latency = self._timer.now() - self._request_started_at
 
@@ -212,7 +212,10 @@ class HTTPChannel(Protocol):
         request.drop_body()
         self._request_count += 1
         self._timer.restart()
-        self._site.on_request_finished(request, self._timer.started_at - self._request_started_at)
+        seconds = self._timer.started_at - self._request_started_at
+        if request.latency is None and request.started:  # the response was sent in one piece
+            request.latency = seconds
+        self._site.on_request_finished(request, seconds)
         if self._body is not None:
             if self._body.done:
                 self._body = None

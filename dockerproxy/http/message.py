@@ -27,6 +27,7 @@ MAX_FIELDS = 100
 _CONTROL_CHARACTERS = bytes(code for code in range(128) if chr(code) != "\t" and (code < 32 or code == 127))
 _VERSIONS = {"HTTP/1.1": (1, 1), "HTTP/1.0": (1, 0)}
 _TOKEN = re.compile(TOKEN)
+_TOKENS = re.compile(rf"{TOKEN}(?:\n{TOKEN})*")
 # Visible ASCII except "#": no form of a target has a fragment (RFC 9112, section 3.2).
 _TARGET = re.compile(r"[!\"$-~]+")
 # A user and password before the host do not match, so they never appear in an error that names the host.
@@ -149,7 +150,10 @@ def body_framing(head: RequestHead) -> int | None:
 
 def keeps_alive(head: RequestHead) -> bool:
     """Return whether the connection persists after this request (RFC 9112, section 9.3)."""
-    tokens = {token.strip(" \t").lower() for value in head.headers.all("connection") for token in value.split(",")}
+    values = head.headers.all("connection")
+    if not values:
+        return head.version == (1, 1)
+    tokens = {token.strip(" \t").lower() for value in values for token in value.split(",")}
     return "close" not in tokens and (head.version == (1, 1) or "keep-alive" in tokens)
 
 
@@ -222,11 +226,13 @@ def render_head(
     outside 100 to 599, if a field name is not a token, or if `reason` or a field value contains CR, LF or NUL or cannot
     be encoded in Latin-1.
     """
-    lines = [_status_line(status, reason)]
+    names, lines = [], [_status_line(status, reason)]
     for name, value in fields:
-        if not _TOKEN.fullmatch(name):
-            raise ValueError("a header field name is not a token")
+        names.append(name)
         lines.append(f"{name}: {value}")
+    # All names at once. One that contains the separator is found below.
+    if names and not _TOKENS.fullmatch("\n".join(names)):
+        raise ValueError("a header field name is not a token")
     head = "\r\n".join(lines)
     if head.count("\r") != len(lines) - 1 or head.count("\n") != len(lines) - 1 or "\0" in head:
         raise ValueError("a header field value contains CR, LF or NUL")

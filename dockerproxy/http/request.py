@@ -235,6 +235,7 @@ class Request:
     def start(self, status: int, fields: Fields, length: int | None) -> None:
         """Send the response head. `length` is the length of the body in bytes, or None if it is unknown."""
         self._send_head(status, fields, length, b"")
+        self._channel.on_response_started()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send part of the response body; await `drain` before the next part.
@@ -349,7 +350,6 @@ class Request:
         response_fields.append(("Date", _date.now()))
         head = render_head(status, response_fields, self.security_fields, reason=self.reason)
         self.status, self._content_length, self._chunked = status, length, chunked
-        self._channel.on_response_started()
         self._body_suppressed = self.method == "HEAD" or status in _BODYLESS_STATUSES
         if content and not self._body_suppressed:
             self.bytes_sent = len(content)

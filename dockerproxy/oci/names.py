@@ -93,7 +93,7 @@ def parse_reference(text: str) -> Reference:
     return Digest.parse(text) if ":" in text else parse_tag(text)
 
 
-@frozen(slots=True)
+@frozen(cache_hash=True)
 class Host:
     """A host and port, which identify a registry. `name` is lower-case; an IPv6 address has no brackets."""
 
@@ -124,7 +124,7 @@ class Host:
         return self._bracketed if self.port == 443 else self.authority
 
 
-@frozen(slots=True)
+@frozen(cache_hash=True)
 class Registry:
     """An upstream registry: its host, and the `scheme` ``https`` or ``http`` to reach it."""
 

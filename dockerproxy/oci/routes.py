@@ -20,7 +20,7 @@ but those of visible characters that names contain.
 from __future__ import annotations
 
 import re
-from enum import Enum
+from enum import StrEnum
 from functools import lru_cache
 from urllib.parse import unquote, unquote_plus
 
@@ -47,8 +47,11 @@ _MAX_DECODINGS = 8
 _PULL_PARAMETERS = frozenset({"n", "last", "artifactType", "next_page"})
 
 
-class Kind(Enum):
-    """The resources of distribution-spec 1.1, "Endpoints", and the catalog of CNCF distribution."""
+class Kind(StrEnum):
+    """The resources of distribution-spec 1.1, "Endpoints", and the catalog of CNCF distribution.
+
+    A member is its label in the metrics. It hashes as a str does, which each request needs several times.
+    """
 
     BASE = "base"
     CATALOG = "catalog"
@@ -85,15 +88,15 @@ class Target:
         return self.reference
 
 
-@lru_cache(1024)  # nodes of a fleet request the same paths; a valid path has at most 3 KiB
 def kind_of(path: str) -> str:
     """Return the kind of resource at `path`, which may have a query; "other" if it is none of the API."""
     try:
-        return route(path.partition("?")[0]).kind.value
+        return route(path.partition("?")[0]).kind
     except RegistryError:
         return "other"
 
 
+@lru_cache(1024)  # nodes of a fleet request the same paths; a valid path has at most 3 KiB
 def route(path: str) -> Target:
     """Return the target of `path` (without its query, percent-encoded as received).
 

@@ -6,7 +6,7 @@ handles lists, pushes and deletions itself. An upstream registry handles them, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -26,12 +26,12 @@ class PullBackend(Protocol):
     async def ping(self) -> None:
         """Return if the client may use the registry at all."""
 
-    async def manifest(
+    def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
-    ) -> ManifestResponse:
+    ) -> Awaitable[ManifestResponse]:
         """Return a manifest for the Accept fields `accept`. If `head` is true, the content may be left out."""
 
-    async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
+    def blob(self, name: Repository, digest: Digest, *, head: bool) -> Awaitable[BlobResponse]:
         """Return a blob. If `head` is true, the content may be left out."""
 
     async def referrers(self, name: Repository, subject: Digest, query: ReferrersQuery) -> ReferrersIndex:

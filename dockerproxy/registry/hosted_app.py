@@ -32,7 +32,7 @@ class HostedRegistryApp:
         if request.path == HOSTED_TOKEN_PATH and await self.access_control.handle_token(request):
             return
         target = route_hosted(request.path)
-        request.kind = target.kind.value
+        request.kind = target.kind
         principal = await self.access_control.check(request, target)
         request.user = principal.user
         try:

@@ -98,7 +98,7 @@ class Intercepted:
         return forward_page(request, upstream)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
-        request.kind = target.kind.value
+        request.kind = target.kind
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         if is_preflight(request):
             return respond_preflight(request)
@@ -153,7 +153,7 @@ class Mirror:
         if namespace is None and target.kind is not Kind.BASE:
             _check_default(request)
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
-        request.host, request.registry, request.kind = str(registry), registry_label(registry), target.kind.value
+        request.host, request.registry, request.kind = str(registry), registry_label(registry), target.kind
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])

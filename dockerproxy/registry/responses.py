@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dockerproxy.errors import RegistryError, UpstreamRefused
 from dockerproxy.http.forwarding import forwarded_fields
@@ -38,18 +38,19 @@ _CACHE_STATUS_MEMBERS = {
     "STALE": "docker-registry-proxy;hit;detail=stale",
     "PASS": "docker-registry-proxy;fwd=bypass",
 }
+_CACHE_STATUS_FIELDS: dict[str, tuple[tuple[str, str], ...]] = {
+    status: (("X-Cache", status), ("Cache-Status", member)) for status, member in _CACHE_STATUS_MEMBERS.items()
+}
 
 
-def cache_status_fields(cache_status: str) -> FieldList:
+def cache_status_fields(cache_status: str) -> Sequence[tuple[str, str]]:
     """Return the two fields that report a cache status, X-Cache and Cache-Status; none if no cache was involved (-).
 
     Cache-Status is a list. Its first member is the cache next to the origin, and its last the cache next to the client
     (RFC 9211, section 2). Put these fields behind those of upstream: several fields are one list, in order (RFC 9110,
     section 5.3), so our member becomes the last.
     """
-    if cache_status == "-":
-        return []
-    return [*x_cache_fields(cache_status), ("Cache-Status", _CACHE_STATUS_MEMBERS[cache_status])]
+    return () if cache_status == "-" else _CACHE_STATUS_FIELDS[cache_status]
 
 
 def x_cache_fields(cache_status: str) -> FieldList:

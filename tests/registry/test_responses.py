@@ -79,11 +79,11 @@ def test_every_error_is_rendered_as_registry_json(render_error: Any, error: Regi
     ],
 )
 def test_cache_status_has_two_fields(cache_status: str, member: str) -> None:
-    assert cache_status_fields(cache_status) == [("X-Cache", cache_status), ("Cache-Status", member)]
+    assert [*cache_status_fields(cache_status)] == [("X-Cache", cache_status), ("Cache-Status", member)]
 
 
 def test_a_response_without_cache_status_has_no_field() -> None:
-    assert cache_status_fields("-") == []
+    assert [*cache_status_fields("-")] == []
 
 
 @pytest.mark.parametrize(
