@@ -1082,12 +1082,14 @@ def test_a_tree_without_our_metadata_is_indexed(registry: RegistryHarness, tmp_p
     store = HostedTree.from_layout(Layout(tmp_path))
     reactor = SynchronousReactor()
     backend = make_hosted_registry(reactor, store)
-    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), make_audit_log()[0])
+    audit, recorded = make_audit_log()
+    app = HostedRegistryApp(RegistryAPI(reactor), backend, AllowAll(), audit)
     reopened = RegistryHarness(
         store,
         HostedRules(),
         connect_client(app.handle, clock=reactor),
         lambda: connect_client(app.handle, clock=reactor),
+        recorded,
     )
     assert reopened.request("HEAD", f"/v2/{NAME}/manifests/subject").headers["Content-Type"] == OCI_MANIFEST
     assert reopened.request("GET", f"/v2/{NAME}/manifests/{fallback_tag(subject)}").headers["Content-Type"] == OCI_INDEX
