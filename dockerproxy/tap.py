@@ -478,6 +478,7 @@ def build_doctor_sources(
         limits=limits,
         usage=lambda: (shared_state.space.index.total, shared_state.space.index.limit),
         idle_age=tombstones.get_last_idle,
+        fleet=lambda: {} if server.fleet is None else server.fleet.members.states(),
         refusing_clients=shared_state.refusing_clients.last_refusals,
         maintenance=operation_history.last_runs,
         open_ports=lambda: listener_service.open_ports,

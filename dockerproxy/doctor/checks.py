@@ -116,6 +116,17 @@ def check_states(states: Iterable[Mapping[str, Any]], now: float) -> Iterator[Di
         yield Diagnosis("registry", state["registry"], BAD, sentence, advice, is_public=True)
 
 
+def check_fleet(members: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Return the members of FLEET that are down. `members` has the state of each: ``me``, ``up``, or the reason."""
+    for name, state in members.items():
+        if state not in ("me", "up"):
+            advice = "The others do its work. Does the daemon run there, with the same FLEET and the same CA?"
+            yield Diagnosis("fleet", name, WARN, f"the member {name} is down: {state}", advice)
+    if members and "me" not in members.values():
+        advice = "Set FLEET_ADDRESS to the entry of FLEET that is this daemon, or wait until its name has this address."
+        yield Diagnosis("fleet", "FLEET", WARN, "this daemon is not among the members of FLEET", advice)
+
+
 def check_logins(logins: Iterable[LoginFacts]) -> Iterator[Diagnosis]:
     """Return whether the administrator's logins are accepted."""
     for login in logins:

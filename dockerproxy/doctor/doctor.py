@@ -36,8 +36,8 @@ class DoctorSources:
 
     `states`, `refused_logins` and `limits` return JSON values: those of `RegistryStates.report_list`,
     `EndedLogins.report_list` and ``/v1/budget``; the last one blocks. `usage` are the bytes of the cache and their
-    limit. `refusing_clients` has the POSIX time of each client's last refusal. `maintenance` has the last runs of gc
-    and check, and blocks. `now` returns POSIX time.
+    limit, and `fleet` the states of the members of FLEET. `refusing_clients` has the POSIX time of each client's last
+    refusal. `maintenance` has the last runs of gc and check, and blocks. `now` returns POSIX time.
     """
 
     reactor: Any
@@ -55,6 +55,7 @@ class DoctorSources:
     limits: Callable[[], Sequence[Mapping[str, Any]]]
     usage: Callable[[], tuple[int, int]]
     idle_age: Callable[[], float | None]
+    fleet: Callable[[], Mapping[str, str]]
     refusing_clients: Callable[[], Mapping[str, float]]
     maintenance: Callable[[], Mapping[str, Mapping[str, Any]]]
     open_ports: Callable[[], Sequence[OpenPort]]

@@ -40,6 +40,7 @@ async def local_findings(sources: DoctorSources, settings: DoctorSettings) -> li
     }
     findings = await _gather(sources.reactor, works, LOCAL_LIMIT)
     findings += checks.check_states(sources.states(), now)
+    findings += checks.check_fleet(sources.fleet())
     findings += checks.check_evictions(sources.idle_age())
     findings += checks.check_clients(sources.refusing_clients(), now)
     findings += checks.check_settings(settings.warnings, settings.unread)

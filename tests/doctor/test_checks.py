@@ -287,3 +287,12 @@ def test_evictions() -> None:
     assert list(checks.check_evictions(None)) == []
     assert levels(checks.check_evictions(3600.0)) == [WARN]
     assert levels(checks.check_evictions(41 * 86400.0)) == [OK]
+
+
+def test_the_members_of_a_fleet() -> None:
+    assert list(checks.check_fleet({})) == []
+    assert list(checks.check_fleet({"10.0.0.1:3128": "me", "10.0.0.2:3128": "up"})) == []
+    [finding] = checks.check_fleet({"10.0.0.1:3128": "me", "10.0.0.2:3128": "connection refused"})
+    assert finding.level == WARN and finding.sentence == "the member 10.0.0.2:3128 is down: connection refused"
+    assert not finding.is_public  # addresses are nobody's business
+    assert levels(checks.check_fleet({"10.0.0.2:3128": "up"})) == [WARN]
