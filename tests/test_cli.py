@@ -390,6 +390,8 @@ def test_unknown_name_changes_nothing_and_gives_suggestions(daemon: DaemonProces
         (("rm", "foo/bar:v1.2.3.5"), "foo/bar:v1.2.3.4"),
         (("rm", "foo/bar:latest", "foo/bar:v1.2.3.5"), "foo/bar:v1.2.3.4"),
         (("ls", "some/thing"), "quay.io/some/thing"),
+        (("ls", "ubunut"), UBUNTU),
+        (("rm", "library/ubunto:jammy"), f"{UBUNTU}:jammy"),
         (("rm", "FOO/BAR:v1.2.3.4"), "foo/bar:v1.2.3.4"),
         (("rm", "foo/bar:v1"), "foo/bar:v1.2.3.4"),
         (("ls", "https://192.0.2.1:5443/foo/bar"), "foo/bar"),

@@ -176,7 +176,9 @@ class ImageResolver:
         ]
         # Names that differ only by a prefix: a registry's host, or the address by which ours was reached.
         longer_or_shorter = [name for name in names if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
-        suggestions = dict.fromkeys((*longer_or_shorter, *_close_matches(path, names)))
+        by_form = {form: name for name in names for form in (name, short_name(name))}
+        similar = (by_form[form] for form in _close_matches(path, list(by_form)))
+        suggestions = dict.fromkeys((*longer_or_shorter, *similar))
         return [name if tag is None else f"{name}:{tag}" for name in suggestions][:_MAX_SUGGESTIONS]
 
 
