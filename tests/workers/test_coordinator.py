@@ -154,6 +154,13 @@ def test_refused_logins_are_reported(main_process: MainProcessStub, workers: tup
     assert main_process.ended_logins.report_list() == []
 
 
+def test_refusing_clients_are_reported(main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]) -> None:
+    for worker, client in zip(workers, ("10.0.0.7", "10.0.0.8"), strict=True):
+        worker.space.report_refusal(client)
+    main_process.reactor.iterate_all()
+    assert main_process.refusing_clients.last_refusals() == {"10.0.0.7": 1234.5, "10.0.0.8": 1234.5}
+
+
 # cache space
 
 
