@@ -631,7 +631,7 @@ def build_explainer(
     stores = store_views(settings, state)
     return Explainer(
         ImageResolver(stores, frozenset(settings.registry_hostname)),
-        stores[1],
+        StoreView(CACHED, state.cache),
         server.registries.mirrored,
         records,
         Access(records, time.time),

@@ -19,7 +19,7 @@ from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository, UpstreamResponse
 from dockerproxy.concurrency import current_client, in_thread
-from dockerproxy.errors import BlobUnknown, ServiceOverloaded, StoreUnavailable, UpstreamFailing
+from dockerproxy.errors import BlobUnknown, RegistryError, ServiceOverloaded, StoreUnavailable, UpstreamFailing
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import Content
 from dockerproxy.oci.manifests import MAX_MANIFEST
@@ -99,6 +99,8 @@ class BucketReads:
             reader = download.open_reader(principal.repository, principal.client)
             if reader is not None:
                 return reader
+            if isinstance(download.failure, RegistryError):
+                raise download.failure
         raise ServiceOverloaded(
             f"{digest} was evicted {_MAX_ATTEMPTS} times before it could be served; raise CACHE_MAX_SIZE",
             headers=[("Retry-After", "1")],

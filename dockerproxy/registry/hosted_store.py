@@ -82,7 +82,7 @@ class HostedStore(Protocol):
     async def mount_blob(self, repository: Repository, digest: Digest, source: Repository | None) -> bool:
         """Add a blob of the repository `source`, or of any other one if that is None, to `repository`.
 
-        Return False if there is no such blob.
+        Return False if there is no such blob. A store need not look for one in all repositories.
         """
 
     async def unlink_blob(self, repository: Repository, digest: Digest) -> bool:
