@@ -26,7 +26,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
 
 .PHONY: help venv run check test lint test-oldest test-fleet test-conformance test-programs test-clients deb test-deb \
-    test-vagrant bench bench-programs profile soak fuzz clean
+    test-vagrant screenshots bench bench-programs profile soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -92,6 +92,9 @@ test-vagrant: ## bring up the machine of the Vagrantfile and test it, 15 minutes
 	@tools/build-deb dist
 	@tests/vagrant/shares dist/docker-registry-proxy_*_all.deb
 	@tests/vagrant/run
+
+screenshots: .venv/made-test test-programs ## make the pictures of the page in docs/, with Chromium
+	.venv/bin/python -m tests.page.pictures
 
 bench: venv bench-programs ## measure beside nginx and docker-registry, 40 minutes; see docs/performance.md
 	.venv/bin/python -m bench

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
+import time
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
@@ -19,6 +21,7 @@ from dockerproxy.admin.sessions import Session, Sessions
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
+from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.page.sign_in import SignIn
 from dockerproxy.page.site import BrowserPage, Place
@@ -302,9 +305,37 @@ class Demo:
 
     def broadcast(self, event: Document) -> None:
         """Send an event to all viewers."""
+        self.live_requests = [request for request in self.live_requests if not request.finished]
         for request in self.live_requests:
             self.send(request, event)
 
     async def sign_in_as(self, user: str) -> str:
         """Return the token of a new session."""
         return await self.sessions.start_session(Session(user, self.sign_in.stamp(user) or ""))
+
+
+def main() -> None:
+    """Serve the page on the port of the first argument. The downloads go on once a second."""
+    from twisted.internet import reactor as installed_reactor
+    from twisted.internet.task import LoopingCall
+
+    reactor: Any = installed_reactor
+    reactor.seconds = time.monotonic
+    demo = Demo(reactor)
+    site = Site(reactor, demo.handle, timeouts=ServerTimeouts(), on_request_finished=lambda request, seconds: None)
+    done = {row[0]: row[7] for row in TRANSFERS}
+
+    def go_on() -> None:
+        for id_, *_, size, _, rate, _ in TRANSFERS:
+            done[id_] = min(size, done[id_] + rate)
+        changes = [{"id": id_, "done": int(megabytes * 1e6)} for id_, megabytes in done.items()]
+        demo.broadcast({"now": NOW, "transfers": changes, "ended": []})
+
+    if len(sys.argv) > 2:
+        LoopingCall(go_on).start(1.0, now=False)
+    reactor.listenTCP(int(sys.argv[1]), site, interface="127.0.0.1")
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The page in a real browser, Chromium: no error, nothing from elsewhere, any width, both schemes, without scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness.process import wait_until
+from tests.page.chromium import run_chromium, serve_demo, set_view, sign_in, why_not
+
+pytestmark = pytest.mark.slow
+
+PATHS = (
+    "/", "/images", "/images/docker.io/library/nginx?tag=1.29",
+    "/images/docker.io/library/nginx?tag=1.29&confirm=remove",
+    "/registries", "/registries/quay.io", "/clients", "/clients?engine=kubernetes", "/doctor", "/login", "/nothing",
+)  # fmt: skip
+
+# Contrast by WCAG 2.1, 1.4.3, of each element with text of its own, against the colors behind it.
+CONTRAST = """
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgba = color => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
+const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+const found = [];
+for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+    if (!own || !element.checkVisibility() || element.closest(".hidden, .skip, svg")) continue;
+    const layers = [];
+    for (let each = element; each; each = each.parentElement)
+        layers.unshift(rgba(getComputedStyle(each).backgroundColor));
+    const back = layers.reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+    const text = over(rgba(getComputedStyle(element).color), back);
+    const [high, low] = [light(text), light(back)].sort((a, b) => b - a);
+    const ratio = (high + .05) / (low + .05);
+    if (ratio < 4.5) found.push(`${element.tagName} "${element.textContent.trim().slice(0, 30)}" ${ratio.toFixed(2)}`);
+}
+return found;
+"""
+# Names by WCAG 4.1.2: each control and each picture has one.
+UNNAMED = """
+const name = e => e.getAttribute("aria-label") || e.textContent.trim() || e.title || (e.labels && e.labels.length);
+return [...document.querySelectorAll("a, button, input:not([type=hidden]), [role=img], [role=meter], [role=region]")]
+    .filter(e => !name(e)).map(e => e.outerHTML.slice(0, 200));
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _browser_needed() -> None:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serve_demo(tmp_path_factory.mktemp("demo"), moving=True) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with run_chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+def requested(driver: Any) -> list[str]:
+    """Return the addresses that the browser has requested since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [params["request"]["url"] for params in sent]
+
+
+@pytest.mark.parametrize("administrator", [False, True], ids=["anonymous", "administrator"])
+def test_every_page(driver: Any, url: str, administrator: bool) -> None:
+    driver.get(f"{url}/login")
+    driver.delete_all_cookies()
+    if administrator:
+        sign_in(driver, url)
+    driver.get_log("browser")
+    requested(driver)
+    for path in PATHS:
+        for scheme in ("light", "dark"):
+            for width in (1280, 500):
+                set_view(driver, width=width, scheme=scheme)
+                if (scheme, width) == ("light", 1280):
+                    driver.get(url + path)
+                where = f"{path} {scheme} {width}"
+                assert driver.execute_script("return document.documentElement.scrollWidth") <= width, where
+                assert driver.execute_script(CONTRAST) == [], where
+        assert driver.execute_script(UNNAMED) == [], path
+        errors = [entry["message"] for entry in driver.get_log("browser")]
+        assert [error for error in errors if not (path == "/nothing" and "404" in error)] == [], path
+    assert {address for address in requested(driver) if not address.startswith((url, "data:", "chrome"))} == set()
+
+
+def test_everything_without_scripts(tmp_path: Path, url: str) -> None:
+    with run_chromium(tmp_path, scripts=False) as driver:
+        driver.get(url)
+        text = driver.find_element("tag name", "body").text
+        for part in ("91.0 %", "196 GB", "212 GB of 256 GB", "34 of 100 pulls left", "quay.io", "24 clients",
+                     "docker.io/library/nginx", "/setup | sudo sh"):  # fmt: skip
+            assert part in text, part
+        driver.find_element("name", "q").send_keys("nginx\n")
+        assert "docker.io/library/nginx" in driver.find_element("id", "image-list").text
+        assert "postgres" not in driver.find_element("id", "image-list").text
+        driver.find_element("link text", "docker.io/library/nginx").click()
+        assert "docker pull nginx:latest" in driver.find_element("tag name", "body").text
+        driver.get(f"{url}/clients")
+        driver.find_element("link text", "k3s").click()
+        assert "registries.yaml" in driver.find_element("tag name", "body").text
+        sign_in(driver, url)
+        driver.get(f"{url}/images/docker.io/library/nginx?tag=1.29")
+        driver.find_element("xpath", "//button[.='Ask again']").click()
+        assert "The registry is asked for it now." in driver.find_element("tag name", "body").text
+        driver.find_element("link text", "Remove").click()
+        driver.find_element("xpath", "//button[.='Remove it']").click()
+        assert "It was removed." in driver.find_element("tag name", "body").text
+
+
+def test_numbers_move(driver: Any, url: str) -> None:
+    set_view(driver, width=1280)
+    driver.get(url)
+
+    def widths() -> list[str]:
+        return [each.get_attribute("width") for each in driver.find_elements("css selector", "#transfer-rows rect")]
+
+    wait_until(lambda: driver.find_element("id", "live").get_attribute("title") == "updated every second", "events")
+    wait_until(lambda: "100.0%" in widths(), "a download reaches its end", timeout=30)
+    assert "24 clients" in driver.find_element("id", "transfers").text
+
+
+def test_search_while_one_types(driver: Any, url: str) -> None:
+    set_view(driver, width=1280)
+    driver.get(f"{url}/images")
+    driver.find_element("name", "q").send_keys("postgres")
+    wait_until(lambda: "nginx" not in driver.find_element("id", "image-list").text, "the list is short")
+    assert "docker.io/library/postgres" in driver.find_element("id", "image-list").text
+    assert driver.current_url.endswith("q=postgres&sort=used&order=desc")
+    assert driver.switch_to.active_element.get_attribute("name") == "q"
+
+
+def test_hover_and_copy(driver: Any, url: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    set_view(driver, width=1280)
+    driver.get(url)
+    ActionChains(driver).move_to_element(driver.find_element("css selector", ".plot .box")).perform()
+    wait_until(lambda: "from the cache" in driver.find_element("css selector", ".tip").text, "the values")
+    driver.get(f"{url}/clients")
+    button = driver.find_element("css selector", ".copy")
+    button.click()
+    wait_until(lambda: button.text == "Copied", "the command is copied")
