@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.servers import free_port
 from tests.e2e.harness.http_client import request_directly
-from tests.e2e.harness.process import BackgroundProcess
+from tests.e2e.harness.process import BackgroundProcess, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
 _HOSTS = "MAP docker-registry.local 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
@@ -89,4 +89,9 @@ def sign_in(driver: Any, url: str) -> None:
     driver.get(f"{url}/login")
     driver.switch_to.active_element.send_keys("alice", Keys.TAB)  # the form has the focus
     driver.switch_to.active_element.send_keys("secret", Keys.ENTER)
-    driver.find_element("xpath", "//button[.='Sign out']")
+    wait_for(driver, "Sign out")
+
+
+def wait_for(driver: Any, text: str) -> None:
+    """Wait until the page has `text`: a click returns before the next page is there."""
+    wait_until(lambda: text in driver.page_source, f"the page has {text!r}")
