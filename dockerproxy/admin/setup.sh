@@ -561,6 +561,10 @@ check_name() {
     fi
 }
 
+manifest_types=application/vnd.oci.image.index.v1+json,application/vnd.docker.distribution.manifest.list.v2+json
+manifest_types=$manifest_types,application/vnd.docker.distribution.manifest.v2+json
+manifest_types=$manifest_types,application/vnd.oci.image.manifest.v1+json
+
 # Fetches the URL in the second argument through the proxy with the token in the first one, if that is not empty, as the
 # engines do. Writes the head to $work/head.
 fetch_through_proxy() {
@@ -569,10 +573,7 @@ fetch_through_proxy() {
     shift 2
     curl -sSg --max-time 60 --proxy "$proxy" --cacert "$bundle" -D "$work/head" -o "$work/body" \
         ${token:+-H "Authorization: Bearer $token"} \
-        -H 'Accept: application/vnd.oci.image.index.v1+json' \
-        -H 'Accept: application/vnd.docker.distribution.manifest.list.v2+json' \
-        -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
-        -H 'Accept: application/vnd.oci.image.manifest.v1+json' "$@" "$url" 2>"$work/output" ||
+        -H "Accept: $manifest_types" "$@" "$url" 2>"$work/output" ||
         fail "$image cannot be pulled through the proxy: $(head -n 1 "$work/output"); run on the server: dockerproxy doctor"
 }
 
@@ -594,7 +595,7 @@ check_pull() {
         fi
     else
         # busybox's wget has neither HEAD nor TLS through a proxy.
-        wget -S -T 60 -O "$work/body" "${proxy}v2/$image/manifests/latest" 2>"$work/head" || true
+        wget -S -T 60 --header "Accept: $manifest_types" -O "$work/body" "${proxy}v2/$image/manifests/latest" 2>"$work/head" || true
     fi
     tr -d '\r' <"$work/head" | sed 's/^ *//' >"$work/fields"
     status=$(sed -n 's/^HTTP\/[0-9.]* *//p' "$work/fields" | tail -n 1)

@@ -142,3 +142,25 @@ def test_the_first_thing_that_is_wrong(checked: CheckedHost) -> None:
     sentence = checked.failure()
     assert sentence.startswith(f"{checked.host.url} does not answer: ")
     assert sentence.endswith("; is it running, and may this host connect to it?")
+
+
+@pytest.mark.parametrize("checked", ["debian"], indirect=True)
+def test_podman_and_a_host_without_curl(checked: CheckedHost) -> None:
+    host = checked.host
+    host.tool("podman", "exit 1")
+    assert checked.failure().startswith("podman does not use the proxy: it has no HTTPS_PROXY; run the set-up script: ")
+    assert host.run(checked.shell, script=checked.script).returncode == 0
+    result = checked.check()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "podman uses the proxy.\n" in result.stdout
+    settings = host.podman.read_text()
+    host.podman.write_text(settings.replace("NO_PROXY=", "NO_PROXY=.docker.io,"))
+    assert checked.failure().startswith("NO_PROXY of podman is too wide: ")
+    host.podman.write_text(settings)
+    wget = shutil.which("wget")
+    if wget is not None:
+        (host.tools / "curl").unlink()
+        (host.tools / "wget").symlink_to(wget)
+        result = checked.check()
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "can be pulled through the proxy (X-Cache: " in result.stdout
