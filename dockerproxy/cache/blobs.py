@@ -96,6 +96,10 @@ class CachedBlobs:
         self._confirmations: SingleFlight[tuple[object, ...], bool] = SingleFlight(cancel_abandoned=True)
         self._access_checks: SingleFlight[tuple[object, ...], int | None] = SingleFlight(cancel_abandoned=True)
 
+    def is_stored(self, digest: Digest) -> bool:
+        """Return whether the cache has the whole blob."""
+        return self._blobs.exists(digest)
+
     async def get(self, principal: UpstreamPrincipal, digest: Digest) -> BlobResponse:
         """Return the blob for `principal`. Raise the error that upstream responded with, or `UpstreamError`."""
         try:

@@ -39,6 +39,7 @@ class Fleet:
     directory: Directory
     meter: PeerMeter
     timeout: float
+    client: MemberClient
     sites: list[Site] = field(factory=list)
 
     def start(self, reactor: Any, sites: Iterable[Site]) -> None:
@@ -75,20 +76,16 @@ class Fleet:
 
     def content_client(self, upstream: RegistryClient) -> FleetUpstream:
         """Return the client of the cache for content, which asks members before `upstream`."""
-        return FleetUpstream(self.owner_client(upstream), self.members, self._client)
+        return FleetUpstream(self.owner_client(upstream), self.members, self.client)
 
     def owner_client(self, upstream: RegistryClient) -> OwnerUpstream:
         """Return the client for content that this daemon owns, over `upstream`."""
-        return OwnerUpstream(upstream, self.members, self._client)
+        return OwnerUpstream(upstream, self.members, self.client)
 
     @property
     def no_upstream(self) -> NoUpstream:
         """The client of the cache that serves only what is there."""
         return NoUpstream()
-
-    @property
-    def _client(self) -> MemberClient:
-        return MemberClient(self.members, self.transport, self.waits, self.meter)
 
 
 def compose_fleet(
@@ -117,7 +114,9 @@ def compose_fleet(
     if directory.name is None:
         check_list(listed, identity)
     relays = Relays(fan_out, reactor.seconds)
-    return Fleet(members, Waits(reactor, records), relays, transport, directory, meter, timeout)
+    waits = Waits(reactor, records)
+    client = MemberClient(members, transport, waits, meter)
+    return Fleet(members, waits, relays, transport, directory, meter, timeout, client)
 
 
 def _source_address(members: Members, is_own_address: Callable[[Any], bool]) -> str | None:

@@ -21,6 +21,7 @@ from dockerproxy.errors import (
     BlobUnknown,
     DestinationForbidden,
     ManifestUnknown,
+    NotCached,
     RangeInvalid,
     RegistryError,
     ServiceOverloaded,
@@ -100,7 +101,10 @@ class MemberRegistry(CachedRegistry):
         return await self.waits.run(repository_key(self.registry.host, name), self.hop, work)
 
     async def blob(self, name: Repository, digest: Digest, *, head: bool) -> BlobResponse:
-        """Return a blob; see `CachedRegistry.blob`. Raise `LoopDetected`."""
+        """Return a blob; see `CachedRegistry.blob`. Raise `LoopDetected`, and `NotCached` if this was its owner."""
+        # A download is no answer to a new owner: it may be one that gets the blob from there.
+        if self.hop.kind is HopKind.FORMER and not self.cache.blobs.is_stored(digest):
+            raise NotCached(f"this member does not have {digest}")
         work = CachedRegistry.blob(self, name, digest, head=head)
         return await self.waits.run(f"{self.registry.host} {digest}", self.hop, work)
 

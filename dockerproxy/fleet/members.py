@@ -75,6 +75,10 @@ class Members:
         """Return whether this daemon is the owner of `key` if all members are up."""
         return bool(self._names) and ordered(key, self._names)[0] == self.me
 
+    def now(self) -> float:
+        """Return the seconds of the clock of these members."""
+        return self._now()
+
     def is_copy(self, key: str) -> bool:
         """Return whether another member owns `key`, so that this one may lose it."""
         return self.me in self._names and not self.owns(key)

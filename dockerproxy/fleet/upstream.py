@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from attrs import field, frozen
 from twisted.logger import Logger
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.upstream import RegistryClient, UpstreamResponse, WrappedResponse
 from dockerproxy.errors import NotCached, RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing
 from dockerproxy.fleet.hop import ANSWER_FIELD, RELAY_FIELD, UPSTREAM_WORD, Hop, HopKind, HopLogin
@@ -36,6 +38,9 @@ _SHORT = 64 * 1024  # bytes; a shorter response is read as a whole, so that anot
 _DISTRUST = 600.0  # seconds for which a member that sent wrong content is left alone
 _UNUSABLE = frozenset({301, 302, 303, 307, 308, 429, 500, 503, 507, 508})
 _MAX_RELAYS = 3  # that may fail before the next member is asked
+_MAX_STARVED = 1000
+_STARVED_TTL = 60.0  # seconds for which upstream is asked for content that members have failed to send
+_MAX_STALLS = 2  # responses in succession that brought nothing
 _NEW_LIST = 86400.0  # seconds for which an owner may be a new one
 
 log = Logger()
@@ -128,6 +133,19 @@ class MemberClient:
         self._transport = transport
         self._waits = waits
         self._meter = meter
+        self._stalls: BoundedDict[str, int] = BoundedDict(_MAX_STARVED, ttl=_STARVED_TTL, clock=members.now)
+
+    def is_starved(self, question: Question) -> bool:
+        """Return whether members sent nothing of it several times, perhaps because they wait for each other."""
+        return (self._stalls.get(question.wait_key) or 0) >= _MAX_STALLS
+
+    def _note_end(self, key: str, end_wait: Callable[[], None], *, has_failed: bool, received: int) -> None:
+        """End a wait, and note whether the response has brought anything but the byte at which it was resumed."""
+        end_wait()
+        if received > 1:
+            self._stalls.pop(key)
+        elif has_failed:
+            self._stalls[key] = (self._stalls.get(key) or 0) + 1
 
     async def try_ask(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse | None:
         """Return the answer of `member`, None if it has no usable one. Raise `RelayNamed`, or upstream's error."""
@@ -178,7 +196,8 @@ class MemberClient:
         if isinstance(answer, BufferedResponse):
             end_wait()
             return answer
-        return MemberResponse(answer, MemberSender(member, self._members), self._meter, end_wait)
+        on_end = partial(self._note_end, question.wait_key, end_wait)
+        return MemberResponse(answer, MemberSender(member, self._members), self._meter, on_end)
 
     async def _checked(self, member: str, question: Question, response: UpstreamResponse) -> UpstreamResponse:
         """Return a response that is upstream's word, read as a whole if it is short."""
@@ -267,6 +286,8 @@ class FleetUpstream(ContentClient):
     """The client of the cache for clients: it asks the owner of the content, and those after it if that fails."""
 
     async def _ask_members(self, question: Question) -> UpstreamResponse | None:
+        if self._client.is_starved(question):
+            return None
         for member in self._members.ranked(question.key)[:_MAX_TRIES]:
             if member == self._members.me:
                 return None
@@ -283,7 +304,7 @@ class OwnerUpstream(ContentClient):
         if not question.is_clear or question.method != "GET" or not self._members.has_changed_within(_NEW_LIST):
             return None
         former = self._members.former_owner(question.key)
-        if former is None:
+        if former is None or self._client.is_starved(question):
             return None
         with suppress(RelayNamed):
             return await self._client.try_ask(former, question, HopKind.FORMER)
@@ -300,21 +321,31 @@ class NoUpstream:
         raise NotCached("this member does not have it")
 
 
+class OnEnd(Protocol):
+    """Called once when nobody reads a response any more, with the bytes that it brought."""
+
+    def __call__(self, *, has_failed: bool, received: int) -> None: ...
+
+
 class MemberResponse(WrappedResponse):
     """The body of a member's response. `on_end` is called when nobody reads it any more.
 
     A member that sends nothing for FLEET_TIMEOUT has failed, by the time-outs of the transport.
     """
 
-    def __init__(
-        self, response: UpstreamResponse, sender: MemberSender, meter: PeerMeter, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, response: UpstreamResponse, sender: MemberSender, meter: PeerMeter, on_end: OnEnd) -> None:
         self.status, self.length = response.status, response.length
         self.headers = response.headers.without(ANSWER_FIELD.lower(), "x-cache", "x-cache-because")
         self.sender = sender
         self._response = response
         self._meter = meter
-        self._on_end = on_end
+        self._on_end: OnEnd | None = on_end
+        self._received = 0
+
+    def _end(self, *, has_failed: bool = False) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(has_failed=has_failed, received=self._received)
 
     async def read_chunk(self) -> bytes:
         return b"".join(await self.read_pieces(1, 0.0))
@@ -323,29 +354,31 @@ class MemberResponse(WrappedResponse):
         try:
             pieces = await self._response.read_pieces(at_least, timeout)
         except UpstreamError as error:
-            self._on_end()
+            self._end(has_failed=True)
             assert self.sender is not None
             self.sender.report_failure(error)
             raise
         if not pieces:
-            self._on_end()
-        self._meter.count_peer_bytes("received", sum(map(len, pieces)))
+            self._end()
+        size = sum(map(len, pieces))
+        self._received += size
+        self._meter.count_peer_bytes("received", size)
         return pieces
 
     async def read_all(self, limit: int, digest: Digest | None = None) -> bytes:
         try:
             content = await self._response.read_all(limit, digest)
         finally:
-            self._on_end()
+            self._end()
         self._meter.count_peer_bytes("received", len(content))
         return content
 
     async def discard(self) -> None:
-        self._on_end()
+        self._end()
         await self._response.discard()
 
     def abort(self) -> None:
-        self._on_end()
+        self._end()
         self._response.abort()
 
 

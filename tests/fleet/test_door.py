@@ -14,6 +14,7 @@ from dockerproxy.errors import (
     DestinationForbidden,
     LoopDetected,
     NameUnknown,
+    NotCached,
     RegistryError,
     ServiceOverloaded,
     TooManyRequests,
@@ -28,7 +29,7 @@ from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.request import Request
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Digest, Registry
+from dockerproxy.oci.names import Digest, Registry, parse_repository
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from tests.conftest import HTTPTestClient
 
@@ -49,7 +50,11 @@ class Cache:
     """Stands for a `PullThrough`."""
 
     def __init__(self) -> None:
-        self.logins = Logins()
+        self.logins, self.blobs = Logins(), self
+        self.has_blobs = False
+
+    def is_stored(self, digest: Digest) -> bool:
+        return self.has_blobs
 
 
 class Clients:
@@ -269,3 +274,11 @@ def test_the_intercepted_registry_has_the_same_door(harness: DoorHarness) -> Non
 
 def test_a_malformed_path_is_refused_as_always(harness: DoorHarness) -> None:
     assert harness.fetch(Hop(MEMBER), path="/v2/UPPER/blobs/x").status in (400, 404)
+
+
+def test_a_former_owner_sends_only_whole_blobs(harness: DoorHarness) -> None:
+    """A blob that it gets itself may come from the new owner."""
+    harness.fetch(Hop(MEMBER, kind=HopKind.FORMER))
+    work = harness.opened[0].blob(parse_repository("a/b"), DIGEST, head=False)
+    with pytest.raises(NotCached):
+        work.send(None)

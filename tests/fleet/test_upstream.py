@@ -397,3 +397,18 @@ def test_the_former_owner_is_not_asked_for_private_content(fleet: Fleet) -> None
     digest, _ = own_blob(fleet)
     response = fleet.run(fleet.get(blob_path(digest), credential=ClientCredential("Bearer token")))
     assert read(fleet, response) == LONG and fleet.asked == []
+
+
+def test_upstream_is_asked_if_members_wait_for_each_other(fleet: Fleet) -> None:
+    """However it came to that: each of them answers, and sends nothing."""
+    digest, others = fleet.blob()
+
+    def stall(question: Question) -> ScriptedResponse:
+        response: ScriptedResponse = word(LONG, sent=0)(question)
+        response.disconnect(UpstreamTimeout("received nothing"))
+        return response
+
+    fleet.answers = dict.fromkeys(others, stall)
+    _, work = download(fleet, digest)
+    assert fleet.run(work, 20) == LONG
+    assert len(fleet.upstream.requests) == 1 and len(fleet.asked) == 2
