@@ -85,6 +85,7 @@ from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.local_hosted_store import LocalHostedStore
+from dockerproxy.store.quarantine import count_damaged
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.store.uploads import UploadLimits
@@ -95,6 +96,7 @@ from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.login_provider import LoginProvider
+from dockerproxy.upstream.metered_agent import MeteredAgent
 from dockerproxy.upstream.metered_client import MeteredClient
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.silent_servers import SilentServers
@@ -214,7 +216,7 @@ class ProxyServer:
     def reconfigure(self, settings: Settings) -> None:
         """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
         # First, because it may raise.
-        users = open_registry_users(self._reactor, settings, self.pools, self.state)
+        users = open_registry_users(self._reactor, settings, self.pools, self.state, self.metrics.count_login)
         access_control = build_access_control(settings, users, self.state)
         proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
@@ -231,6 +233,7 @@ class ProxyServer:
 
     def sample_gauges(self) -> None:
         """Write what this process is doing into the metrics, which any process can be asked for."""
+        self.metrics.set_process(os.getpid(), time.process_time())
         self.metrics.set(TUNNELS, len(self.transfers))
         self.metrics.set(DOWNLOADS, len(self.pull_through.blobs.downloads))
         if self.fleet is not None and self.metrics.is_first:
@@ -242,9 +245,14 @@ class ProxyServer:
         if self.fleet is not None:
             await self.fleet.transport.close()
 
-    def gauge_service(self) -> TimerService:
-        """Return the service that samples the gauges every second."""
-        service = TimerService(_SAMPLE_INTERVAL, self.sample_gauges)  # type: ignore[no-untyped-call]
+    def gauge_service(self, sample_others: Callable[[], object] = bool) -> TimerService:
+        """Return the service that samples the gauges every second. `sample_others` is called after it."""
+
+        def sample() -> None:
+            self.sample_gauges()
+            sample_others()
+
+        service = TimerService(_SAMPLE_INTERVAL, sample)  # type: ignore[no-untyped-call]
         service.clock = self._reactor
         return service
 
@@ -283,17 +291,21 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
 
     connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers, shared.state.cache_secret)
-    authorizer = Authorizer(connectors.agent, time.time, policy.check_upstream, settings.auth_registries)
+    meter = RegistryMeter(shared.metrics)
+    authorizer = Authorizer(
+        MeteredAgent(connectors.agent, meter), time.time, policy.check_upstream, settings.auth_registries
+    )
     parser = ContentParser(pools.documents)
     fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
     cache, *for_members = build_cache(
         reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
     )
     pull_through = cache.pull_through
+    pull_through.manifests.rate_limits.on_refused = meter.count_rate_limited
     api = RegistryAPI(reactor)
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
-    users = open_registry_users(reactor, settings, pools, shared.state)
+    users = open_registry_users(reactor, settings, pools, shared.state, shared.metrics.count_login)
     access_control = build_access_control(settings, users, shared.state)
     disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
     hosted_store = build_hosted_store(reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser)
@@ -599,10 +611,8 @@ def build_cache(
 
     The second asks upstream only, and the third nobody.
     """
-    file_counter = FileCounter(reactor, shared.cache_space.record_files)
-    upstream = MeteredClient(
-        UpstreamClient(agent, authorizer, policy.check_upstream), RegistryMeter(shared.metrics), reactor.seconds
-    )
+    file_counter, meter = FileCounter(reactor, shared.cache_space.record_files), RegistryMeter(shared.metrics)
+    upstream = MeteredClient(UpstreamClient(agent, authorizer, policy.check_upstream), meter, reactor.seconds)
     services = CacheServices(
         reactor=reactor,
         clock=time.time,
@@ -619,7 +629,7 @@ def build_cache(
         multi_process=shared.multi_process or fleet is not None,
         upstream=upstream,
         content=upstream if fleet is None else fleet.content_client(upstream),
-        agent=agent,
+        agent=MeteredAgent(agent, meter),
         board=shared.board_part,
     )
     cache_policy = CachePolicy(
@@ -725,12 +735,19 @@ def build_host_rule(settings: Settings) -> HostRule:
 
 
 def open_registry_users(
-    reactor: Any, settings: Settings, pools: ThreadPools, state: StateDirectory
+    reactor: Any,
+    settings: Settings,
+    pools: ThreadPools,
+    state: StateDirectory,
+    on_login: Callable[[bool], object],
 ) -> HtpasswdFile | None:
-    """Return the users in HTPASSWD_FILE, or None if it is not set. Raise `HtpasswdError` or OSError."""
+    """Return the users in HTPASSWD_FILE, or None if it is not set. Raise `HtpasswdError` or OSError.
+
+    `on_login` is called with the outcome of each check of a password.
+    """
     if settings.htpasswd_file is None:
         return None
-    return HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, state.registry_secret)
+    return HtpasswdFile(reactor, pools.passwords, settings.htpasswd_file, state.registry_secret, on_checked=on_login)
 
 
 def build_access_control(settings: Settings, users: HtpasswdFile | None, state: StateDirectory) -> AccessControl:
@@ -869,8 +886,13 @@ async def handle_metrics(
         hosted = Deferred.fromCoroutine(registry_disk.read(os.statvfs, shared.state.registry.root))
         with suppress(OSError, RegistryError, TimeoutError):  # it may be on a server that does not answer
             disks["hosted"] = await hosted.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
+        damaged = {"cached": await in_thread(reactor, count_damaged, shared.state.cache)}
+        if "hosted" in disks:
+            listing = Deferred.fromCoroutine(registry_disk.read(count_damaged, shared.state.registry))
+            with suppress(OSError, RegistryError, TimeoutError):
+                damaged["hosted"] = await listing.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
         accept = request.headers.get("accept") or ""
-        content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, accept)
+        content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, damaged, accept)
         fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
         await request.respond_long(200, fields, content)
     finally:
@@ -878,10 +900,15 @@ async def handle_metrics(
 
 
 def _render_metrics(
-    shared: SharedServices, measured: Mapping[str, float], disks: Mapping[str, os.statvfs_result], accept: str
+    shared: SharedServices,
+    measured: Mapping[str, float],
+    disks: Mapping[str, os.statvfs_result],
+    damaged: Mapping[str, int],
+    accept: str,
 ) -> tuple[str, bytes]:
     # Loaded in a thread, and only if somebody asks for metrics.
-    from dockerproxy.daemon.exposition import measured_gauges, rate_limit_gauges, render
+    from dockerproxy.daemon.exposition import damaged_gauge, measured_gauges, rate_limit_gauges, render
+    from dockerproxy.daemon.processes import ProcessUsage
 
     # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
     # If there are several logins, it is the one that was used last.
@@ -891,8 +918,11 @@ def _render_metrics(
         for registry, limit in stored
         if registry_label(registry) in shared.metrics.registries
     }
-    gauges = (*measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits))
-    return render(shared.metrics, gauges, accept)
+    gauges = (
+        *measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits), damaged_gauge(damaged)
+    )  # fmt: skip
+    usage = ProcessUsage.read(shared.metrics.process_ids)
+    return render(shared.metrics, gauges, accept, usage, shared.metrics.started_at)
 
 
 @frozen
@@ -903,12 +933,24 @@ class RegistryMeter:
 
     def count_upstream(self, registry: Registry, path: str, method: str, status: int, seconds: float) -> None:
         self.metrics.count_upstream(registry_label(registry), kind_of(path), method, status, seconds)
+        if status == 429:
+            self.metrics.count_rate_limited(registry_label(registry), "registry")
 
     def count_failure(self, registry: Registry, reason: str) -> None:
         self.metrics.count_failure(registry_label(registry), reason)
 
     def count_received(self, registry: Registry, size: int) -> None:
         self.metrics.count_received(registry_label(registry), size)
+
+    def count_token_request(self, server: Registry, method: str, status: int) -> None:
+        self.metrics.count_token_request(registry_label(server), method, status)
+
+    def count_token_failure(self, server: Registry, reason: str) -> None:
+        self.metrics.count_token_failure(registry_label(server), reason)
+
+    def count_rate_limited(self, registry: Registry) -> None:
+        """Count a pull that was refused here, because `registry` refuses more."""
+        self.metrics.count_rate_limited(registry_label(registry), "proxy")
 
 
 _access_log = AccessLog()

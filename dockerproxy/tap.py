@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from attrs import asdict, evolve, frozen
+from twisted.application.internet import TimerService
 from twisted.application.service import IService, MultiService
 from twisted.logger import Logger
 from twisted.python import usage
@@ -60,14 +61,14 @@ from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.rate_limits import RateLimits, stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
-from dockerproxy.concurrency import spawn
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.history import History, HistoryService
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
-from dockerproxy.daemon.metrics import RELOAD_SUCCESS, Metrics
+from dockerproxy.daemon.metrics import RELOAD_SUCCESS, WORKERS, Metrics
 from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
@@ -103,6 +104,8 @@ from dockerproxy.workers.process import SERVER_SILENT, TOKEN_BOUND, ForkedState,
 from dockerproxy.workers.supervisor import WorkerSupervisor
 
 _WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
+
+_PIN_INTERVAL = 60.0  # seconds between two looks at what is pinned
 
 _DAEMON = Principal(None, "the daemon", None)
 
@@ -239,7 +242,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         cache_space.service(),
         TombstoneService(reactor, tombstones, tombstone_file),
         PullHistoryService(reactor, pull_history),
-        server.gauge_service(),
+        server.gauge_service(partial(sample_workers, server.metrics, workers.supervisor)),
+        PinGauges(reactor, server.metrics, pulls),
         HistoryService(reactor, history),
         upload_purge_service(reactor, server.registry_disk, server.hosted_tree.uploads, time.time),
         listener_service,
@@ -354,6 +358,7 @@ def build_workers(
         {TOKEN_BOUND: shared.bindings.add, SERVER_SILENT: shared.silent_servers.add},
         SHUTDOWN_GRACE + _WORKER_EXTRA_GRACE,
         relay_logs=not keep_log_observers,
+        on_ended=shared.metrics.count_replacement,
         initial_news=lambda: ((SERVER_SILENT, news) for news in shared.silent_servers.news()),
     )
     opener = EndpointOpener(reactor, lambda listener: ConnectionDispatcher(listener, table, supervisor.dispatch))
@@ -617,6 +622,23 @@ def describe_outages(states: RegistryStates) -> dict[str, str]:
         )
         for outage in states.report_list()
     }
+
+
+def sample_workers(metrics: Metrics, supervisor: WorkerSupervisor) -> None:
+    """Write into the metrics how many processes serve."""
+    metrics.set(WORKERS, 1 + supervisor.serving)
+
+
+class PinGauges(TimerService):
+    """Writes into the metrics what is pinned, each minute."""
+
+    def __init__(self, reactor: Any, metrics: Metrics, pulls: PullService) -> None:
+        async def sample() -> None:
+            complete, incomplete, size = await in_thread(reactor, pulls.count_pins)
+            metrics.set_pins(complete, incomplete, size)
+
+        super().__init__(_PIN_INTERVAL, lambda: spawn(sample(), "counting the pins"))  # type: ignore[no-untyped-call]
+        self.clock = reactor
 
 
 def build_explainer(

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.daemon.exposition import measured_gauges, rate_limit_gauges, render
+from dockerproxy.daemon.exposition import damaged_gauge, measured_gauges, rate_limit_gauges, render
 from dockerproxy.daemon.metrics import Metrics
+from dockerproxy.daemon.processes import ProcessUsage
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -31,13 +32,19 @@ def exposition() -> bytes:
     metrics = Metrics.make(1, ["quay.io"])
     metrics.count_request("quay.io", "blob", "HIT", 200, 1, 0.1)
     metrics.count_upstream("quay.io", "blob", "GET", 200, 0.1)
-    values = {"cache_bytes": 1.0, "cache_limit_bytes": 1.0, "certificate_expiry_timestamp_seconds": 1.0}
+    values = {
+        "cache_evicted_idle_seconds": 1.0,
+        "cache_bytes": 1.0,
+        "cache_limit_bytes": 1.0,
+        "certificate_expiry_timestamp_seconds": 1.0,
+    }
     limit: dict[str, float | None] = {"limit": 1, "remaining": 1, "window": 1, "refused_until": 1}
     gauges = (
         *measured_gauges("1", values, {"cached": os.statvfs("/"), "hosted": os.statvfs("/")}),
         *rate_limit_gauges({"quay.io": limit}),
+        damaged_gauge({"hosted": 0}),
     )
-    return render(metrics, gauges, "")[1]
+    return render(metrics, gauges, "", ProcessUsage(1, 1, 1, 1), 1.0)[1]
 
 
 def expressions() -> Iterator[str]:

@@ -210,6 +210,12 @@ class PullService(Service):
             "error": pin.error,
         }
 
+    def count_pins(self) -> tuple[int, int, int]:
+        """Return how many pins are here as a whole, how many are not, and the bytes of all. Blocks."""
+        rows = self._rows_with_missing()
+        incomplete = sum(bool(row["missing"]) or row["digest"] is None for row in rows)
+        return len(rows) - incomplete, incomplete, self._pins.bytes
+
     def _images_with_missing(self) -> set[ImageName]:
         """Return the pinned images of which something is not here, such as after `rm`. Blocks."""
         return {pin.image for pin in self._pins if not all(map(self._blobs.exists, pin.contents))}

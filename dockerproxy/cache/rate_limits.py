@@ -147,6 +147,8 @@ class RateLimits:
     def __init__(self, records: Records, clock: Callable[[], float]) -> None:
         self._records = records
         self._clock = clock
+        self.on_refused: Callable[[Registry], object] = lambda registry: None
+        """Called with the registry of each pull that is refused here."""
         self._of_logins: BoundedDict[tuple[str, str], RateLimit] = BoundedDict(_MAX_LOGINS)
         # By the key of the record, newer than it by `_WRITE_INTERVAL` at most.
         self._current: BoundedDict[tuple[str, ...], RateLimit] = BoundedDict(_MAX_REGISTRIES)
@@ -171,6 +173,7 @@ class RateLimits:
         """
         limit, now = self.get(registry, identity), self._clock()
         if now < limit.refused_until <= now + 2 * 3600:  # a time far ahead is from a clock that was wrong
+            self.on_refused(registry)
             retry_after = "Retry-After", str(int(limit.refused_until - now) + 1)
             raise UpstreamFailing(limit.describe(registry), 429, headers=[retry_after, *limit.fields])
         if limit.refused_until:

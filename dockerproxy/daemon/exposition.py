@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 import twisted
 from dockerproxy.daemon.metrics import BUCKETS, GLOBAL_FAMILIES, REGISTRY_FAMILIES, Family, Metrics, Sample
+from dockerproxy.daemon.processes import ProcessUsage
 
 _MEASURED = {
     "cache_bytes": "Bytes of the cache, with 8 KiB more for each blob, and 4 KiB for each link and record.",
@@ -85,10 +86,18 @@ def rate_limit_gauges(limits: Mapping[str, Mapping[str, float | None]]) -> Itera
         yield Gauge(name, help_text, values, ("registry",))
 
 
+def damaged_gauge(damaged: Mapping[str, int]) -> Gauge:
+    """Return the gauge of contents that `check` found damaged, by store."""
+    values: dict[tuple[str, ...], float] = {(store,): number for store, number in damaged.items()}
+    return Gauge("damaged_contents", "Contents that were found damaged, and not replaced yet.", values, ("store",))
+
+
 @frozen(eq=False)
 class _Collector(Collector):
     metrics: Metrics
     gauges: Sequence[Gauge]
+    usage: ProcessUsage | None
+    started_at: float
 
     def collect(self) -> Iterator[Metric]:
         for family in (*REGISTRY_FAMILIES, *GLOBAL_FAMILIES):
@@ -98,15 +107,44 @@ class _Collector(Collector):
             for values, number in gauge.values.items():
                 metric.add_metric(values, number)
             yield metric
+        if self.usage is not None:
+            yield from self._process_metrics(self.usage)
+
+    def _process_metrics(self, usage: ProcessUsage) -> Iterator[Metric]:
+        """Yield the standard metrics of a process, as sums over all processes that serve."""
+        cpu = CounterMetricFamily("process_cpu_seconds", "Processor time of all processes in seconds.")
+        cpu.add_metric((), self.metrics.cpu_seconds)
+        yield cpu
+        for name, help_text, value in (
+            (
+                "process_resident_memory_bytes",
+                "Resident memory of all processes; shared memory once.",
+                usage.resident,
+            ),
+            ("process_virtual_memory_bytes", "Virtual memory of all processes.", usage.virtual),
+            ("process_open_fds", "Open file descriptors of all processes.", usage.open_files),
+            ("process_max_fds", "Maximum of open file descriptors of all processes.", usage.max_files),
+            ("process_start_time_seconds", "The start of the main process, in POSIX time.", self.started_at),
+        ):
+            gauge = GaugeMetricFamily(name, help_text)
+            gauge.add_metric((), value)
+            yield gauge
 
 
-def render(metrics: Metrics, gauges: Iterable[Gauge], accept: str) -> tuple[str, bytes]:
+def render(
+    metrics: Metrics,
+    gauges: Iterable[Gauge],
+    accept: str,
+    usage: ProcessUsage | None = None,
+    started_at: float = 0.0,
+) -> tuple[str, bytes]:
     """Return the media type and the exposition: OpenMetrics if `accept` prefers it, otherwise Prometheus's text format.
 
+    `usage`, if given, is that of all processes, the first of which started at the POSIX time `started_at`.
     See prometheus.io/docs/instrumenting/exposition_formats. It takes milliseconds, so call it in a thread.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(metrics, tuple(gauges)))
+    registry.register(_Collector(metrics, tuple(gauges), usage, started_at))
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
 

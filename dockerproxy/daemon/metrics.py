@@ -40,6 +40,10 @@ METHODS = ("GET", "HEAD", "other")
 FAILURE_REASONS = ("timeout", "dns", "refused", "unreachable", "tls", "reset", "proxy", "invalid", "other")
 """Values of the label `reason` of failures; see `UpstreamError.reason`."""
 
+REFUSERS = ("registry", "proxy")
+LOGIN_RESULTS = ("accepted", "refused")
+PIN_STATES = ("complete", "incomplete")
+
 EVICTION_REASONS = ("room", "inactive")
 
 PEER_DIRECTIONS = ("received", "sent")
@@ -135,9 +139,15 @@ UPSTREAM_UP = Family(
     "upstream_up", "Whether a registry responded when it was last asked.", is_gauge=True, is_latest=True
 )
 
+RATE_LIMIT_REFUSALS = Family(
+    "ratelimit_refused_total",
+    "Pulls that a registry refused (429), and those that were refused here in its stead.",
+    (("by", REFUSERS),),
+)
+
 REGISTRY_FAMILIES = (
     REQUESTS, RESPONSES, SENT_BYTES, REQUEST_SECONDS,
-    UPSTREAM_REQUESTS, UPSTREAM_FAILURES, RECEIVED_BYTES, UPSTREAM_SECONDS, UPSTREAM_UP,
+    UPSTREAM_REQUESTS, UPSTREAM_FAILURES, RECEIVED_BYTES, UPSTREAM_SECONDS, UPSTREAM_UP, RATE_LIMIT_REFUSALS,
 )  # fmt: skip
 """The families that exist once for each registry, with the label `registry`."""
 
@@ -166,8 +176,24 @@ PEERS = Family(
     is_gauge=True,
 )  # fmt: skip
 
-GLOBAL_FAMILIES = (REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS, RELOAD_SUCCESS, PEER_BYTES, PEERS)
+LOGINS = Family(
+    "logins_total",
+    "Checks of passwords for the hosted registry and the page. A login that is repeated within minutes is one.",
+    (("result", LOGIN_RESULTS),),
+)
+WORKERS = Family("workers", "Processes that serve clients.", is_gauge=True)
+WORKER_REPLACEMENTS = Family("worker_replacements_total", "Processes that ended unasked.")
+PINS = Family("pins", "Pinned images, by whether all of each is here.", (("state", PIN_STATES),), is_gauge=True)
+PINNED_BYTES = Family("cache_pinned_bytes", "Bytes of the cache that are pinned.", is_gauge=True)
+
+GLOBAL_FAMILIES = (
+    REFUSALS, EVICTIONS, TUNNELS, DOWNLOADS, RELOAD_SUCCESS, PEER_BYTES, PEERS,
+    LOGINS, WORKERS, WORKER_REPLACEMENTS, PINS, PINNED_BYTES,
+)  # fmt: skip
 """The families that exist once."""
+
+_CPU = Family("cpu_microseconds", "Processor time of a process and of its predecessors.")
+_PROCESS_ID = Family("process_id", "The ID of a process.", is_gauge=True)
 
 
 def _starts(families: Sequence[Family]) -> tuple[dict[Family, int], int]:
@@ -179,7 +205,7 @@ def _starts(families: Sequence[Family]) -> tuple[dict[Family, int], int]:
 # Indices of words, relative to a registry's first one, or to those of the process. They are computed here, because a
 # hit pays for the rest.
 _START, _WORDS_PER_REGISTRY = _starts(REGISTRY_FAMILIES)
-_GLOBAL_START, _GLOBAL_WORDS = _starts(GLOBAL_FAMILIES)
+_GLOBAL_START, _GLOBAL_WORDS = _starts((*GLOBAL_FAMILIES, _CPU, _PROCESS_ID))
 _RESPONSES = _START[RESPONSES]
 _SENT_BYTES = {verdict: _START[SENT_BYTES] + index for index, verdict in enumerate(CACHE_STATUSES)}
 _UPSTREAM_REQUESTS = {
@@ -193,6 +219,10 @@ _REQUEST_CELLS = {
     for index, kind in enumerate(KINDS)
 }
 """By kind: the indices of its counters of requests, by cache status, and the first one of its histogram."""
+
+
+def _status_class(status: int) -> str:
+    return _STATUS_CLASSES[status // 100 if status // 100 < len(_STATUS_CLASSES) else 0]
 
 
 @frozen
@@ -220,6 +250,9 @@ class Metrics:
     _names: memoryview
     _words_per_process: int
     _first_word: int = 0  # of this process
+    _earlier_cpu: int = 0  # microseconds of its predecessors
+    started_at: float = field(factory=time.time)
+    """The POSIX time at which the daemon was started."""
     _registries: dict[str, int] = field(factory=dict)  # of each that is known here: the first word, in this process
 
     @classmethod
@@ -236,9 +269,10 @@ class Metrics:
     def for_process(self, process: int) -> Metrics:
         """Return a view that counts for the process with index `process`, and set the gauges of that process to 0."""
         counters, first_word = self._counters, process * self._words_per_process
-        metrics = Metrics(counters, self._names, self._words_per_process, first_word)
+        earlier_cpu = counters[first_word + _GLOBAL_START[_CPU]]
+        metrics = Metrics(counters, self._names, self._words_per_process, first_word, earlier_cpu, self.started_at)
         metrics.read_registries()
-        for family in GLOBAL_FAMILIES:
+        for family in (*GLOBAL_FAMILIES, _PROCESS_ID):
             if family.is_gauge:
                 start = first_word + _GLOBAL_START[family]
                 counters[start : start + family.words] = memoryview(bytes(_COUNTER_SIZE * family.words)).cast("Q")
@@ -299,9 +333,8 @@ class Metrics:
 
     def count_upstream(self, registry: str, kind: str, method: str, status: int, seconds: float) -> None:
         """Count a response of a registry. Its head came `seconds` after the request."""
-        base, status_class = self._base(registry), status // 100
-        code = _STATUS_CLASSES[status_class if status_class < len(_STATUS_CLASSES) else 0]
-        labels = _KIND_LABELS.get(kind, "other"), method if method in METHODS else "other", code
+        base = self._base(registry)
+        labels = _KIND_LABELS.get(kind, "other"), method if method in METHODS else "other", _status_class(status)
         self._counters[base + _UPSTREAM_REQUESTS[labels]] += 1
         self._observe(base + _START[UPSTREAM_SECONDS], seconds)
         self._set_up(base, True)
@@ -350,6 +383,49 @@ class Metrics:
             return 0
         cells = [first_word - self._first_word + requests[cache_status] for requests, _ in _REQUEST_CELLS.values()]
         return sum(sum(self._counters[cell :: self._words_per_process]) for cell in cells)
+
+    def count_login(self, accepted: bool) -> None:
+        """Count a password that was checked."""
+        self._add(LOGINS, 0 if accepted else 1, 1)
+
+    def count_replacement(self) -> None:
+        """Count a process that ended unasked."""
+        self._add(WORKER_REPLACEMENTS, 0, 1)
+
+    def count_rate_limited(self, registry: str, by: str) -> None:
+        """Count a pull that was refused by one of `REFUSERS`."""
+        self._counters[self._base(registry) + _START[RATE_LIMIT_REFUSALS] + REFUSERS.index(by)] += 1
+
+    def count_token_request(self, registry: str, method: str, status: int) -> None:
+        """Count a response of a registry's token server, which says nothing about the registry itself."""
+        labels = "token", method if method in METHODS else "other", _status_class(status)
+        self._counters[self._base(registry) + _UPSTREAM_REQUESTS[labels]] += 1
+
+    def count_token_failure(self, registry: str, reason: str) -> None:
+        """Count a request to a registry's token server that got no valid response."""
+        index = FAILURE_REASONS.index(reason if reason in FAILURE_REASONS else "other")
+        self._counters[self._base(registry) + _START[UPSTREAM_FAILURES] + index] += 1
+
+    def set_pins(self, complete: int, incomplete: int, size: int) -> None:
+        """Set how many pinned images are here as a whole, how many are not, and the bytes of all."""
+        start = self._first_word + _GLOBAL_START[PINS]
+        self._counters[start], self._counters[start + 1] = complete, incomplete
+        self.set(PINNED_BYTES, size)
+
+    def set_process(self, process_id: int, cpu: float) -> None:
+        """Set the ID of this process, and the seconds of processor time that it has used."""
+        self.set(_PROCESS_ID, process_id)
+        self.set(_CPU, self._earlier_cpu + int(cpu * 1_000_000))
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The processor time of all processes, also of those that have ended."""
+        return self._sums(_GLOBAL_START[_CPU], 1)[0] / 1_000_000
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The IDs of the processes that serve, or have just ended."""
+        return [process for process in self._counters[_GLOBAL_START[_PROCESS_ID] :: self._words_per_process] if process]
 
     def samples(self, family: Family) -> Iterator[Sample]:
         """Yield the sum over all processes of every cell of `family`, and of every registry that it has."""

@@ -88,16 +88,24 @@ class HtpasswdFile:
     The file is read again when it changes. If the new file is invalid, the previous users stay. A password is hashed in
     `pool`, because the cost in its hash decides how long that takes. Verified logins are remembered under a key made
     with `secret`, so that memory holds no password. `clock` is the reactor. Errors name the `setting` of the path.
+    `on_checked` is called with the outcome of each check of a password.
     """
 
     def __init__(
-        self, clock: Any, pool: PasswordPool, path: Path, secret: bytes, setting: str = "HTPASSWD_FILE"
+        self,
+        clock: Any,
+        pool: PasswordPool,
+        path: Path,
+        secret: bytes,
+        setting: str = "HTPASSWD_FILE",
+        on_checked: Callable[[bool], object] = bool,
     ) -> None:
         self._clock = clock
         self._pool = pool
         self._path = path
         self._secret = secret
         self._setting = setting
+        self._on_checked = on_checked
         self._throttle = LoginThrottle(clock.seconds)
         self._users: Mapping[str, bytes] = {}
         self._dummy_hash = b""
@@ -169,12 +177,14 @@ class HtpasswdFile:
             _matches, credentials.password_bytes, password_hash or self._dummy_hash, client=client
         )
         if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
+            self._on_checked(False)
             self._throttle.record_failure(client)
             error = self._refusal(client)
             if error is not None:  # those that came before the failures were known
                 self._pool.refuse_waiting(client, error)
             return False
         self._verified[key] = True
+        self._on_checked(True)
         return True
 
     def _reload_if_changed(self) -> None:

@@ -130,7 +130,7 @@ class Tombstones:
         return self.last_idle
 
     def find(self, digest: Digest) -> Tombstone | None:
-        """Return the tombstone of the blob, for administrators; None if there is none."""
+        """Return the tombstone of the blob, which only administrators may know; None if there is none."""
         return self._find_digest(digest)
 
     def find_in(self, repository: str, digest: Digest, *, is_linked: bool) -> Tombstone | None:

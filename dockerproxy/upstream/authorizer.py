@@ -37,6 +37,7 @@ from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential, LoginTable
+from dockerproxy.upstream.metered_agent import MeteredAgent
 from dockerproxy.upstream.redirects import follow
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
 from dockerproxy.upstream.urls import split_url, with_tls_at_usual_port
@@ -96,7 +97,7 @@ class Authorizer:
 
     def __init__(
         self,
-        agent: Agent,
+        agent: Agent | MeteredAgent,
         clock: Callable[[], float],
         address_check: AddressCheck | None,
         logins: Mapping[HostKey, Login] | Mapping[Host, Login],

@@ -79,6 +79,7 @@ class WorkerSupervisor(Service):
 
     `new_coordinator` returns a `LocalCoordinator` for a new worker. `grace` is the time in seconds that workers have to
     stop. If `relay_logs` is true, workers send their log to this process through a pipe.
+    `on_ended` is called for each worker that ends unasked.
     `news` has a function for each kind of news that a worker reports, which gets its values; the other workers get them
     too (`Bindings.add`, `SilentServers.add`). A new worker gets `initial_news`, kinds and values.
 
@@ -97,6 +98,7 @@ class WorkerSupervisor(Service):
         grace: float,
         *,
         relay_logs: bool,
+        on_ended: Callable[[], object] = bool,
         initial_news: Callable[[], Iterable[tuple[str, Iterable[Any]]]] = tuple,
     ) -> None:
         self._reactor = reactor
@@ -107,12 +109,18 @@ class WorkerSupervisor(Service):
         self._news = news
         self._grace = grace
         self._relay_logs = relay_logs
+        self._report_end = on_ended
         self._initial_news = initial_news
         self._changed_settings: dict[str, str] = {}
         self._workers = [WorkerHandle(number) for number in range(1, count + 1)]
         self._watchdog = LoopingCall(self._check_heartbeats)
         self._watchdog.clock = reactor
         self._stopping = False
+
+    @property
+    def serving(self) -> int:
+        """The number of workers that serve."""
+        return sum(worker.state is WorkerState.SERVING for worker in self._workers)
 
     # connections
 
@@ -253,6 +261,7 @@ class WorkerSupervisor(Service):
         self._table.reset(worker.number)
         if self._stopping:
             return
+        self._report_end()
         if not self._spawner.alive:
             log.error(
                 "worker {number} exited ({reason}) and is not replaced; restart the daemon",

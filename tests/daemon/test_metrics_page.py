@@ -18,6 +18,7 @@ from dockerproxy.errors import TooManyRequests
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Registry
 from dockerproxy.shares import ClientShares
+from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from dockerproxy.store.tombstones import Tombstones
 from tests.store.support.reactor import SteppedReactor
@@ -63,7 +64,7 @@ class Page:
         return Records(self.root / "records")
 
     def get(self, request: FakeRequest) -> list[Any]:
-        store = SimpleNamespace(root=self.root)
+        store = Layout(self.root)
         state = SimpleNamespace(cache=store, registry=store, open_records=lambda: self.records)
         metrics, tombstones = Metrics.make(1, ["quay.io"]), Tombstones()
         shared: Any = SimpleNamespace(cache_space=FakeSpace(), state=state, metrics=metrics, tombstones=tombstones)

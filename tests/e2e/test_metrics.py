@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after
-from tests.e2e.harness.http_client import request_directly
+from tests.e2e.harness.http_client import basic_authorization, request_directly
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
+from tests.e2e.harness.multi_process import MultiProcessDaemon
 from tests.e2e.harness.process import wait_until
-from tests.e2e.harness.upstreams import FAKE, Upstreams
+from tests.e2e.harness.registry_daemon import USERS, write_htpasswd
+from tests.e2e.harness.upstreams import FAKE, HUB, Upstreams
 
 MIB = 1 << 20
 
@@ -139,3 +145,72 @@ def test_a_registrys_rate_limit(upstreams: Upstreams, start_daemon: StartDaemon,
 def refuse_for_an_hour(exchange: HTTPExchange, content: TypedContent | None) -> None:
     fields = {"Retry-After": "3600", "RateLimit-Limit": "100;w=21600", "RateLimit-Remaining": "0;w=21600"}
     exchange.respond(429, fields, b"")
+
+
+def test_the_counters_equal_what_happened_even_if_a_process_is_killed(upstreams: Upstreams, tmp_path: Path) -> None:
+    """500 mixed requests over four processes, one of which is killed in the middle."""
+    image, name, fake = images.build_small_image("mixed"), "metrics/mixed", upstreams.fake
+    unknown = images.sha256_digest(b"unknown")
+    fake.put(name, "1", image)
+    fake.add_rule("GET", f"/v2/{name}/manifests/limited", refuse_for_an_hour)
+    settings = {**upstreams.settings, "WORKERS": "4", "HTPASSWD_FILE": str(write_htpasswd(tmp_path))}
+    daemon = MultiProcessDaemon(tmp_path / "daemon", settings)
+    daemon.start()
+    try:
+        before = scrape(daemon)
+        asked_before = sum(f"/v2/{name}/" in request.path for request in list(fake.requests))
+        counted: Counter[str] = Counter()
+        paths, sent = ("manifests/1", f"blobs/{image.layers[0].digest}", "manifests/limited", f"blobs/{unknown}"), 0
+        for number in range(500):
+            if number == 250:
+                os.kill(daemon.serving_pids[1], signal.SIGKILL)
+                wait_until(lambda: scrape(daemon)["worker_replacements_total"] == 1, "the end of a process is counted")
+            path = paths[number % 4]
+            response = daemon.client.get(f"{FAKE}/v2/{name}/{path}", Accept=ACCEPT_MANIFESTS)
+            counted[f"{response.status // 100}xx"] += 1
+            sent += len(response.body)
+        wait_until(lambda: scrape(daemon)["workers"] == 4, "the process is replaced")
+        samples = scrape(daemon)
+
+        def change(name: str) -> float:
+            return samples[name] - before.get(name, 0)
+
+        labels = 'registry="fake.test"'
+        for code, number in counted.items():
+            assert change(f'responses_total{{code="{code}",{labels}}}') == number
+        assert counted["4xx"] == 250
+        total = sum(change(sample) for sample in samples if sample.startswith("sent_bytes_total") and labels in sample)
+        assert total == sent
+        upstream = [sample for sample in samples if sample.startswith("upstream_requests_total") and labels in sample]
+        asked = sum(f"/v2/{name}/" in request.path for request in list(fake.requests)) - asked_before
+        assert sum(change(sample) for sample in upstream if '"token"' not in sample) == asked
+        refused = [change(f'ratelimit_refused_total{{by="{by}",{labels}}}') for by in ("registry", "proxy")]
+        assert refused == [1, 124]
+        assert samples["process_cpu_seconds_total"] >= before["process_cpu_seconds_total"] > 0
+        assert samples["process_resident_memory_bytes"] > 1 << 20
+        assert samples["process_max_fds"] > samples["process_open_fds"] > 4 * 5
+        assert samples["reload_success"] == 1 and samples['damaged_contents{store="hosted"}'] == 0
+        login = {"Authorization": basic_authorization("alice", "wrong")}
+        assert request_directly("GET", f"http://127.0.0.1:{daemon.http_port}/v2/", login).status == 401
+        login = {"Authorization": basic_authorization("alice", USERS["alice"])}
+        assert request_directly("GET", f"http://127.0.0.1:{daemon.http_port}/v2/", login).status == 200
+        samples = scrape(daemon)
+        assert [samples[f'logins_total{{result="{result}"}}'] for result in ("accepted", "refused")] == [1, 1]
+    finally:
+        daemon.stop()
+    daemon.check_log(upstreams.secrets)
+
+
+def test_requests_for_tokens_are_counted(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    upstreams.push_to_hub("library/tokens-counted", "1", images.build_small_image("tokens counted"))
+    response = daemon.client.get(f"{HUB}/v2/library/tokens-counted/manifests/1", Accept=ACCEPT_MANIFESTS)
+    assert response.status in (200, 401)
+    query = "service=registry.docker.io&scope=repository:library/tokens-counted:pull"
+    daemon.client.get(f"https://auth.docker.io/token?{query}")
+    counted = [
+        value
+        for name, value in scrape(daemon).items()
+        if name.startswith("upstream_requests_total") and 'kind="token"' in name and 'registry="docker.io"' in name
+    ]
+    assert sum(counted) >= 1

@@ -19,15 +19,19 @@ WORKERS = 3
 
 
 class MultiProcessDaemon(RegistryDaemon):
-    """A daemon with `WORKERS` serving processes: the main process, number 0, and the workers 1, 2 and so on."""
+    """A daemon with `WORKERS` serving processes: the main process, number 0, and the workers 1, 2 and so on.
+
+    The setting of that name may be another number.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        self.workers = int(settings.get("WORKERS", WORKERS))
         super().__init__(folder, {"WORKERS": str(WORKERS), **settings})
 
     def start(self) -> None:
         log_offset = self.log_offset()
         super().start()
-        wait_until(lambda: self.output_text[log_offset:].count(" serves") == WORKERS - 1, "all workers serve")
+        wait_until(lambda: self.output_text[log_offset:].count(" serves") == self.workers - 1, "all workers serve")
 
     @property
     def serving_pids(self) -> list[int]:
