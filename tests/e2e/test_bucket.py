@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,18 @@ def test_any_node_answers_any_request(nodes: tuple[RegistryDaemon, RegistryDaemo
     for node in nodes:
         assert get(node, "acme/app/manifests/v1").status == 404
         assert get(node, f"acme/app/manifests/{image.digest}").status == 404
+
+
+def test_commands_that_need_a_directory_say_so(nodes: tuple[RegistryDaemon, RegistryDaemon]) -> None:
+    socket = nodes[0].state_folder / "run/control.sock"
+    argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket)]
+    for command in (["gc"], ["check"], ["import", "/nowhere"]):
+        ended = subprocess.run(
+            [*argv, *command], env=nodes[0].environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert ended.returncode != 0
+        message = f"{command[0]} works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE"
+        assert message in ended.stdout + ended.stderr
 
 
 def test_clients(nodes: tuple[RegistryDaemon, RegistryDaemon], clients: ClientFactory, tmp_path: Path) -> None:
