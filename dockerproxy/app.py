@@ -367,6 +367,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             shared.overview,
             partial(report_health, shared.doctor_report),
             shared.page_desk.act,
+            shared.page_desk.read_history,
             Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
             lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
             page_requests,

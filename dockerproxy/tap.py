@@ -234,7 +234,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     sign_in_links = SignInLinks(
         sessions, lambda: server.sign_in.is_off, proxy_port(settings), settings.registry_hostname[0]
     )
-    shared_state.page_desk = PageDesk(sessions, actions).answer
+    shared_state.page_desk = PageDesk(reactor, sessions, actions, explainer).answer
     report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     for service in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from attrs import frozen
@@ -10,8 +11,12 @@ from attrs import frozen
 from dockerproxy.admin.image_actions import ImageActions
 from dockerproxy.admin.overview import Document, OverviewError, error_answer
 from dockerproxy.admin.sessions import Session, Sessions
+from dockerproxy.admin.why import Explainer
+from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.registry.principal import Principal
+
+_MAX_HISTORY = 20  # rows
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Document]]
 """Asks the main process one of the questions of `PageDesk.answer`. All values are JSON values."""
@@ -20,9 +25,11 @@ Ask = Callable[[str, Sequence[Any]], Awaitable[Document]]
 class PageDesk:
     """Answers in the main process."""
 
-    def __init__(self, sessions: Sessions, actions: ImageActions) -> None:
+    def __init__(self, reactor: Any, sessions: Sessions, actions: ImageActions, history: Explainer) -> None:
+        self._reactor = reactor
         self._sessions = sessions
         self._actions = actions
+        self._history = history
 
     async def answer(self, question: str, arguments: Sequence[Any]) -> Document:
         """Return ``{"value": ...}``, or the error that `PageDeskClient` raises."""
@@ -46,7 +53,13 @@ class PageDesk:
                 return None if started is None else [started[0].user, started[1]]
             case "act", (user, address, user_agent, action, name, where):
                 return await self._actions.act(Principal(user, address, user_agent), action, name, where)
+            case "history", (name, where):
+                return await in_thread(self._reactor, self._read_history, name, where)
         raise ValueError(f"the page asks {question!r} with {len(arguments)} arguments")
+
+    def _read_history(self, name: str, where: str) -> list[Document]:
+        """Return the last rows of the history about a repository. Blocks."""
+        return list(islice(self._history.rows(name, where), _MAX_HISTORY))
 
 
 @frozen
@@ -77,6 +90,11 @@ class PageDeskClient:
         """Do what an administrator asks for; see `ImageActions.act`."""
         who = principal.user, principal.address, principal.user_agent
         return str(await self._value("act", *who, action, name, where))
+
+    async def read_history(self, name: str, where: str) -> list[Document]:
+        """Return the last requests for a repository, the newest first. They are for administrators only."""
+        rows: list[Document] = await self._value("history", name, where)
+        return rows
 
     async def _value(self, question: str, *arguments: Any) -> Any:
         answer = await self._ask(question, arguments)

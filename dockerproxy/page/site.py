@@ -76,6 +76,10 @@ Act = Callable[[Principal, str, str, str], Awaitable[str]]
 """Does one of `ACTIONS` with an image of a store, and returns the code of what was done. Raises `RegistryError`."""
 
 
+ReadHistory = Callable[[str, str], Awaitable[list[Document]]]
+"""Returns the last requests for a repository of a store, for administrators."""
+
+
 @frozen
 class Place:
     """Where this server is reached.
@@ -100,6 +104,7 @@ class BrowserPage:
     _overview: Overview
     _doctor: Doctor
     _act: Act
+    _read_history: ReadHistory
     _place: Place
     _registries: Callable[[], list[str]]
     _requests: ClientShares
@@ -230,6 +235,9 @@ class BrowserPage:
         pull = views.pull_command(document["image"], self._place.name)
         context = views.image(document, shown, reference, pull, self._clock())
         context["reasons"] = []
+        if viewer.is_admin:
+            rows = await self._read_history(document["image"]["name"], document["image"]["where"])
+            context["reasons"] = [views.reason(row, self._clock()) for row in rows]
         context["confirm"] = None
         if query.get("confirm") == "remove" and viewer.is_admin and tag is not None:
             context["confirm"] = views.confirm_removal(document["image"], tag)

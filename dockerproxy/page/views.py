@@ -6,6 +6,7 @@ The documents are for one viewer already: they have no name that he may not see.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -390,6 +391,20 @@ def layers(documents: Sequence[Document]) -> dict[str, Any]:
 def report(document: Document, now: float) -> dict[str, Any]:
     """Return the report of a health document."""
     return {"findings": document["findings"], "checked": f"checked {words.age(now, document['at'])}"}
+
+
+def reason(row: Document, now: float) -> dict[str, str]:
+    """Return a row of the history of pulls: a request, and why it was answered as it was."""
+    is_blobs = row["kind"] == "blob"
+    size = words.size(row["bytes"])
+    moment = datetime.fromisoformat(row["time"].replace("Z", "+00:00")).timestamp()
+    return {
+        "when": words.clock(now, moment),
+        "client": row["client"] if row["user"] is None else f"{row['user']} at {row['client']}",
+        "what": f"{words.counted(row['blobs'], 'layer')}, {size}" if is_blobs else f"manifest {row['reference']}",
+        "verdict": row["verdict"] if row["status"] < 400 else str(row["status"]),
+        "because": row["explanation"],
+    }
 
 
 def operation(document: Document | None, now: float) -> dict[str, Any] | None:

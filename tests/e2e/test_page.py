@@ -108,6 +108,11 @@ def test_the_page_shows_private_images_to_administrators_only(
     assert page.status == 200
     assert image.digest.encode() in page.body
     assert len(audited(daemon, "sign-in")) == 2
+    of_public = f"/images/{names[1]}"
+    if workers == "2":  # pulls are gathered for a minute
+        wait_until(lambda: b">MISS<" in administrator.get(of_public).body, "the history of pulls", timeout=90)
+        assert b"127.0.0.1</code>" in administrator.get(of_public).body
+    assert b">MISS<" not in anonymous.get(of_public).body
 
     form = {"token": administrator.form_token(), "name": f"{names[1]}:1", "where": "cached"}
     for origin, changes in (("http://evil.example", {}), ("null", {}), (None, {"token": "0" * 64})):

@@ -234,6 +234,21 @@ async def health(quick: bool, viewer: Viewer) -> Document:
     return {"level": "bad", "at": NOW - 30, "seconds": 1.2, "findings": findings}
 
 
+async def history(name: str, where: str) -> list[Document]:
+    rows = [
+        ("42", "10.0.4.17", "manifest", "1.29", "REVALIDATED", "docker.io said that the tag has not moved"),
+        ("41", "10.0.4.17", "blob", "", "HIT", "it was in the cache"),
+        ("30", "10.0.4.61", "manifest", "1.29", "STALE", "docker.io answered 429: the last good answer was served"),
+        ("20", "10.0.9.2", "blob", "", "JOINED", "a download that another client had begun"),
+        ("10", "10.0.9.2", "manifest", "latest", "MISS", "the tag moved upstream; one pull counted"),
+    ]
+    return [
+        {"time": f"2026-11-30T15:58:{second}Z", "client": client, "user": None, "kind": kind, "reference": reference,
+         "verdict": verdict, "status": 200, "bytes": int(74e6), "blobs": 4, "explanation": explanation}
+        for second, client, kind, reference, verdict, explanation in rows
+    ]  # fmt: skip
+
+
 class DemoUsers:
     """Two users with the password "secret"."""
 
@@ -270,6 +285,7 @@ class Demo:
             self.overview,
             health,
             self._act,
+            history,
             place,
             lambda: names,
             self.requests,
