@@ -13,7 +13,7 @@ PICTURES = [
     # file, path, width, height, scheme
     ("page", "/", 1200, 830, "light"),
     ("page-dark", "/", 1200, 830, "dark"),
-    ("page-image", "/images/docker.io/library/nginx?tag=1.29", 1200, 560, "light"),
+    ("page-image", "/images/docker.io/library/nginx?tag=1.29", 1200, 860, "light"),
     ("page-phone", "/", 500, 900, "light"),
 ]
 
