@@ -26,17 +26,15 @@ class Terminal:
         """Show a progress bar, or only the amount done if `total` is unknown."""
         if not sys.stderr.isatty():
             return
-        if self._progress is None:
-            self._progress = _start_progress()
         if phase == "contents":
             text = f"blobs: {format_size(done)}" + ("" if total is None else f" of {format_size(total)}")
         else:
             text = f"{phase}: {done}"
         percent = f"{min(100, 100 * done // total)} %" if total else ""
         if phase != self._phase:
-            self._phase = phase
-            for task in self._progress.task_ids:
-                self._progress.remove_task(task)
+            self.clear_progress()
+        if self._progress is None:
+            self._progress, self._phase = _start_progress(), phase
             self._progress.add_task("", completed=done, total=total or None, text=printable(text), percent=percent)
         [task] = self._progress.task_ids
         self._progress.update(task, completed=done, total=total or None, text=printable(text), percent=percent)
