@@ -51,7 +51,9 @@ def _start_progress() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
 
     text, percent = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("text", "percent"))
-    progress = Progress(text, BarColumn(), percent, console=Console(stderr=True), transient=True)
+    # Not redirected: what replaces stderr in rich 13.3 says that it is no terminal.
+    console = Console(stderr=True)
+    progress = Progress(text, BarColumn(), percent, console=console, transient=True, redirect_stderr=False)
     progress.start()
     return progress
 
