@@ -15,6 +15,7 @@ from tests.e2e.harness import images
 from tests.e2e.harness.fake_registry import respond_status
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.multi_process import WORKERS, MultiProcessDaemon, request_on
+from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
@@ -60,6 +61,11 @@ def test_each_cause_is_explained(upstreams: Upstreams, daemon: MultiProcessDaemo
     get_manifest()  # stale
     fake.reset_rules()
     assert daemon.client.get(f"{url}/manifests/none", Accept=ACCEPT_MANIFESTS).status == 404
+
+    def is_logged() -> bool:
+        return any(line.target.endswith("/manifests/none") for line in daemon.access_log())
+
+    wait_until(is_logged, "the last request is in the log")
     logged = [line.because for line in daemon.access_log() if f"/{name}/" in line.target]
     daemon.restart()
 

@@ -100,8 +100,8 @@ def test_an_ended_login(
     assert daemon.output_text.count(f"THE LOGIN FOR {HOST} IN AUTH_REGISTRIES IS REFUSED") == 1
     refused = [request for request in registry.requests if "authorization" in request.headers]
     assert len(refused) < 15  # the first requests of each process, and one question about the login
-    for command in ("status", "debug"):
-        text = _run_command(daemon, command)
+    for command, exit_status in (("status", 1), ("debug", 0)):  # `status` says that something is bad
+        text = _run_command(daemon, command, exit_status)
         assert f"login for {HOST} (AUTH_REGISTRIES) refused since" in text
         assert PASSWORD not in text
     daemon.check_log([PASSWORD])
@@ -358,10 +358,13 @@ def test_rules_for_hosts_that_a_wildcard_covers(start_daemon: StartDaemon) -> No
     assert daemon.client.get("https://own.wild.test/v2/").status == 200
 
 
-def _run_command(daemon: TwistdDaemon, command: str) -> str:
+def _run_command(daemon: TwistdDaemon, command: str, exit_status: int = 0) -> str:
+    """Return what the command prints. It must end with `exit_status`."""
     socket = str(daemon.state_folder / "run/control.sock")
     argv = [sys.executable, "-m", "dockerproxy.cli", command, "--socket", socket]
-    return subprocess.run(argv, env=daemon.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+    completed = subprocess.run(argv, env=daemon.environment, capture_output=True, text=True, timeout=60)
+    assert completed.returncode == exit_status, completed.stderr
+    return completed.stdout
 
 
 def _get(daemon: TwistdDaemon, path: str) -> BufferedResponse:
