@@ -89,7 +89,7 @@ from dockerproxy.store.quarantine import count_damaged
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.store.uploads import UploadLimits
-from dockerproxy.store.write_probe import WriteProbe
+from dockerproxy.store.write_probe import StoreProbe, probe_directory
 from dockerproxy.thread_pool import DISK_THREADS, PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
@@ -205,7 +205,7 @@ class ProxyServer:
     """The bounds that `debug_report` shows."""
     state: StateDirectory
     agent: Agent
-    probes: Sequence[WriteProbe]
+    probes: Sequence[StoreProbe]
     policy: Policy
     metrics: Metrics
     live: LiveFeed
@@ -308,17 +308,19 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     users = open_registry_users(reactor, settings, pools, shared.state, shared.metrics.count_login)
     access_control = build_access_control(settings, users, shared.state)
     disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
-    hosted_store = build_hosted_store(reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser)
     rules = HostedRules()
     set_hosted_rules(rules, settings)
+    hosted_store, bucket_probes = build_hosted_store(
+        reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser, rules
+    )
     audit = AuditLog.open(reactor, str(settings.state_dir))
     hosted_app = HostedRegistryApp(
         api, HostedRegistry(hosted_store, parser, audit, rules), access_control, audit, rules
     )
     metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
-    probes = build_write_probes(reactor, shared.state, disk)
-    ready_handler = partial(handle_ready, lambda: probes[: 1 if rules.read_only else 2])
+    probes = [*build_write_probes(reactor, shared.state, disk), *bucket_probes]
+    ready_handler = partial(handle_ready, lambda: probes[:1] if rules.read_only else probes)
     pulls = PullGatherer(reactor, shared.record_pulls) if settings.pull_history else None
     if pulls is not None:
         reactor.addSystemEventTrigger("during", "shutdown", pulls.flush)
@@ -372,6 +374,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
             page_requests,
             on_proxy_port=on_proxy_port,
+            collects_garbage=settings.registry_store is None,
         )
         endpoints = builtin_endpoints(
             authority.certificate_pem,
@@ -496,12 +499,12 @@ def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) ->
     return network_disk, network_disk.bounds
 
 
-def build_write_probes(reactor: Any, state: StateDirectory, registry_disk: DiskAccess) -> tuple[WriteProbe, WriteProbe]:
+def build_write_probes(reactor: Any, state: StateDirectory, registry_disk: DiskAccess) -> tuple[StoreProbe, StoreProbe]:
     """Return the probes of CACHE_DIR and of REGISTRY_DIR, whose reserve of space is not for clients."""
     reserve = DiskReserve(str(state.registry.root))
     return (
-        WriteProbe(reactor, "CACHE_DIR", state.cache, partial(in_thread, reactor)),
-        WriteProbe(reactor, "REGISTRY_DIR", state.registry, registry_disk.run, reserve.check),
+        probe_directory(reactor, "CACHE_DIR", state.cache, partial(in_thread, reactor)),
+        probe_directory(reactor, "REGISTRY_DIR", state.registry, registry_disk.run, reserve.check),
     )
 
 
@@ -709,17 +712,19 @@ def build_hosted_store(
     cache: CacheParts,
     agent: Agent,
     parser: ContentParser,
-) -> HostedStore:
-    """Build the storage of the hosted registry: the bucket of REGISTRY_STORE, or else REGISTRY_DIR."""
+    rules: HostedRules,
+) -> tuple[HostedStore, Sequence[StoreProbe]]:
+    """Build the storage of the hosted registry: the bucket of REGISTRY_STORE with its probe, or else REGISTRY_DIR."""
     local = LocalHostedStore.from_tree(reactor, disk, tree, parser, shared.state.registry_secret, time.time)
     if settings.registry_store is None:
-        return local
+        return local, ()
     # Only here, because it loads botocore.
     from dockerproxy.bucket import assembly
 
     bucket = assembly.open_bucket(reactor, settings.registry_store, agent, time.time)
     records, limits = shared.state.open_records(), download_limits(settings)
-    return assembly.open_store(reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser)
+    store = assembly.open_store(reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser)
+    return store, [assembly.probe_bucket(reactor, bucket, lambda: rules.read_only)]
 
 
 def configure_logins(logins: SharedLogins, settings: Settings) -> None:

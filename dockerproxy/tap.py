@@ -91,6 +91,7 @@ from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
 from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
 from dockerproxy.store.tombstones import Tombstones, TombstoneService
+from dockerproxy.store.write_probe import StoreProbe
 from dockerproxy.terminal import format_size
 from dockerproxy.thread_pool import BoundedThreadPool
 from dockerproxy.upstream.credential_helper import CredentialHelpers
@@ -229,7 +230,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     sessions = Sessions(reactor.seconds)
     actions = ImageActions(
-        reactor, resolver, deleter, operations, server.registry_disk, str(state.registry.root), pulls
+        reactor, resolver, deleter, operations, server.registry_disk, hosted_root(settings, state), pulls
     )
     sign_in_links = SignInLinks(
         sessions, lambda: server.sign_in.is_off, proxy_port(settings), settings.registry_hostname[0]
@@ -275,6 +276,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             },
             pull_history.counts.pulls,
             overview.sources,
+            None if settings.registry_store is None else server.probes[-1],
         ),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
@@ -462,7 +464,6 @@ def build_doctor_sources(
 ) -> DoctorSources:
     """Return the parts of the daemon that the doctor's checks read."""
     records = server.state.open_records()
-    stores = (server.state.cache, server.state.registry)
 
     def limits() -> list[dict[str, Any]]:
         return [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in stored_limits(records)]
@@ -476,7 +477,7 @@ def build_doctor_sources(
         logins=server.pull_through.logins,
         address_check=server.policy.check_upstream,
         resolver=NameResolver(server.pools.lookups, reactor.seconds),
-        probes=tuple(zip(server.probes, stores, strict=True)),
+        probes=server.probes,
         authority=authority,
         states=registry_states.report_list,
         refused_logins=shared_state.ended_logins.report_list,
@@ -671,6 +672,11 @@ def store_views(settings: Settings, state: StateDirectory) -> list[StoreView]:
     return [cached] if settings.registry_store is not None else [StoreView(HOSTED, state.registry), cached]
 
 
+def hosted_root(settings: Settings, state: StateDirectory) -> str | None:
+    """Return the directory of the hosted registry, or None if it is in a bucket."""
+    return None if settings.registry_store is not None else str(state.registry.root)
+
+
 def build_pulls(
     reactor: Any, settings: Settings, state: StateDirectory, server: ProxyServer, pins: Pins, counts: PullCounts
 ) -> PullService:
@@ -699,6 +705,7 @@ def build_control_socket(
     handlers: Mapping[tuple[str, str], ControlHandler],
     pulls: PullCounter,
     sources: OverviewSources,
+    bucket: StoreProbe | None,
 ) -> ControlSocket:
     """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`.
 
@@ -719,6 +726,7 @@ def build_control_socket(
         time.time,
         handlers,
         pulls,
+        bucket,
     )
     sources.status = control.status
     site = build_site(reactor, settings, control.handle, on_finished=log_access)

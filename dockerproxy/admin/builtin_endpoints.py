@@ -11,7 +11,7 @@ from dockerproxy.errors import BadRequest, NameInvalid
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host
-from dockerproxy.store.write_probe import StoreState, WriteProbe
+from dockerproxy.store.write_probe import StoreProbe, StoreState
 
 _RETRY_AFTER = "10"  # seconds
 _NO_STORE = ("Cache-Control", "no-store")
@@ -30,7 +30,7 @@ Docker hosts use this as their HTTP and HTTPS proxy; images are served from its 
                     curl -fsS {url}setup | sudo sh -s -- --check
                     (it changes nothing, and says what is wrong with the host's settings)
   /healthz          health check: the daemon is alive
-  /readyz           503 if it cannot write to one of its directories
+  /readyz           503 if it cannot write to one of its stores
   /metrics          metrics for Prometheus
 """
 
@@ -83,10 +83,10 @@ def builtin_endpoints(
     }
 
 
-async def handle_ready(probes: Callable[[], Sequence[WriteProbe]], request: Request) -> None:
+async def handle_ready(probes: Callable[[], Sequence[StoreProbe]], request: Request) -> None:
     """Respond with 503 if a store cannot be written, and otherwise with 200, within some seconds.
 
-    That a file system does not answer is said with 200: the cache goes on, and it may answer at any moment.
+    That a store does not answer is said with 200: the cache goes on, and it may answer at any moment.
     """
     results = await gatherResults([Deferred.fromCoroutine(probe.probe()) for probe in probes()])
     sentences = [result.sentence for result in results if result.sentence]

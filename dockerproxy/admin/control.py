@@ -59,6 +59,7 @@ from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.principal import CONTROL_SOCKET, Principal
 from dockerproxy.store.disk_access import DiskAccess
+from dockerproxy.store.write_probe import StoreProbe, StoreState
 
 _STORE = one_of(HOSTED, CACHED)
 LIST = {"name": NAME, "where": _STORE, "match": NAME}
@@ -133,6 +134,8 @@ class Control:
     _handlers: Mapping[tuple[str, str], ControlHandler] = field(factory=dict)
     """Those of other parts of the daemon, by method and path."""
     _pulls: PullCounter = dict
+    _bucket: StoreProbe | None = None
+    """The probe of the bucket, if the hosted registry is in one."""
     _start_time: float = field(init=False)
 
     @_start_time.default
@@ -216,8 +219,18 @@ class Control:
             "operation": self._operations.current,
             "refused_logins": self._ended_logins.report_list(),
             "cache": {"bytes": self._space.index.total, "limit": self._space.index.limit},
-            "shelves": {store.kind: await self._storage_info(store) for store in self._resolver.stores},
+            "shelves": await self._storages(),
         }
+
+    async def _storages(self) -> dict[str, Any]:
+        storages = {store.kind: await self._storage_info(store) for store in self._resolver.stores}
+        if self._bucket is None:
+            return storages
+        bucket: dict[str, Any] = {"directory": self._bucket.place, "file_system": None, "free": None}
+        result = await self._bucket.probe()
+        if result.state is not StoreState.WRITABLE:
+            bucket["error"] = result.details or result.sentence
+        return {HOSTED: bucket, **storages}
 
     async def _storage_info(self, store: StoreView) -> dict[str, Any]:
         info = {"directory": str(store.layout.root), "file_system": None, "free": None}

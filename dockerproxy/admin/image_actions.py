@@ -32,7 +32,8 @@ class ImageActions:
     _deleter: Deleter
     _operations: Operations
     _registry_disk: DiskAccess
-    _hosted_root: str
+    _hosted_root: str | None
+    """The directory of the hosted registry; None if it is in a bucket."""
     _pulls: PullService
 
     async def act(self, principal: Principal, action: str, name: str, where: str) -> str:
@@ -89,6 +90,8 @@ class ImageActions:
         return await self._registry_disk.run(function, *args)
 
     def _collect(self, principal: Principal) -> str:
+        if self._hosted_root is None:
+            raise Denied("gc works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE")
         running = self._operations.current
         if running is not None and running["name"] != "gc":
             raise Denied(f"{running['name']} of {running['user']} is running; collect garbage when it has ended")

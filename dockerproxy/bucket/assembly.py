@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
+from dockerproxy.bucket.bucket_probe import probe_bucket
 from dockerproxy.bucket.bucket_reads import BucketClient, BucketReads
 from dockerproxy.bucket.kept_answers import KeptAnswers
 from dockerproxy.bucket.request_signer import NoCredentials, RequestSigner
@@ -21,7 +22,7 @@ from dockerproxy.store.local_hosted_store import LocalUploads
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
 
-__all__ = ["NoCredentials", "StoreRefused", "open_bucket", "open_store", "probe_store"]
+__all__ = ["NoCredentials", "StoreRefused", "open_bucket", "open_store", "probe_bucket", "probe_store"]
 
 
 def probe_store(

@@ -5,6 +5,7 @@ beside them, and below `dockerproxy/`:
 
     dockerproxy/catalog/NAME         empty: the repository has a manifest; NAME has `!` in place of `/`
     dockerproxy/indexed/NAME         empty: all manifests that it had were looked at for subjects
+    dockerproxy/probe/…              empty: a daemon is trying whether it may write
     dockerproxy/taken-over           empty: the repositories of the registry that wrote the bucket are in the catalog
 
 `!` sorts before all that names have, so the order of the keys is that of the components of names, and a listing of the
@@ -24,6 +25,7 @@ _LAYOUT = Layout(Path(_ROOT))
 
 CATALOG = "dockerproxy/catalog/"
 TAKEN_OVER = "dockerproxy/taken-over"
+PROBES = "dockerproxy/probe/"
 _INDEXED = "dockerproxy/indexed/"
 
 BLOBS = f"{_LAYOUT.blobs}/".removeprefix(f"{_ROOT}/")

@@ -16,13 +16,13 @@ from botocore.awsrequest import AWSRequest
 from botocore.exceptions import HTTPClientError
 from botocore.httpsession import URLLib3Session
 
+from dockerproxy.bucket import keys
 from dockerproxy.bucket.request_signer import RequestSigner
 from dockerproxy.bucket.store_errors import StoreAnswer
 from dockerproxy.errors import StoreRefused
 from dockerproxy.net.store_location import StoreLocation
 
 _TIMEOUT = 5.0  # seconds
-_PROBES = "dockerproxy/probe/"
 
 IGNORES_CONDITIONS = (
     "does not keep to If-None-Match, so two gateways may both create an object: `dockerproxy gc` will refuse to run;"
@@ -41,7 +41,7 @@ class StartProbe:
 
     def run(self, *, read_only: bool) -> list[str]:
         """Return sentences for the log. Raise `StoreRefused` if the bucket can never be used so."""
-        key = f"{_PROBES}{secrets.token_hex(8)}"
+        key = f"{keys.PROBES}{secrets.token_hex(8)}"
         try:
             refusal = self._send("GET", "", [("list-type", "2"), ("max-keys", "1")])
             if refusal is None and not read_only:

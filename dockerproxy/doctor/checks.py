@@ -52,9 +52,10 @@ class LoginFacts:
 
 @frozen
 class DiskFacts:
-    """A store's directory, which `setting` has: the `problem` of a write, and the room. Sizes are in bytes.
+    """A store, whose place `setting` has: the `problem` of a write, and the room. Sizes are in bytes.
 
     `growth` are the bytes that the store will take beside those it has. `inodes` is 0 if the file system has no bound.
+    A bucket has no `free`.
     """
 
     setting: str
@@ -184,6 +185,7 @@ def check_disks(disks: Iterable[DiskFacts]) -> Iterator[Diagnosis]:
             yield Diagnosis("disk", setting, BAD, sentence, advice[:1].upper() + advice[1:] + "." if advice else "")
             continue
         if free is None:
+            yield Diagnosis("disk", setting, OK, f"{setting} answers")
             continue
         level, sentence = OK, f"{setting} has {format_bytes(free)} free"
         if 0 < disk.free_inodes < min(_LOW_INODES, disk.inodes * _LOW_PART):

@@ -14,8 +14,7 @@ from dockerproxy.doctor.findings import Diagnosis, Report, make_report
 from dockerproxy.net.dial import AddressCheck, Resolver
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.settings import Settings
-from dockerproxy.store.layout import Layout
-from dockerproxy.store.write_probe import WriteProbe
+from dockerproxy.store.write_probe import StoreProbe
 from dockerproxy.thread_pool import BoundedThreadPool, PoolLimits
 from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.authorizer import Authorizer
@@ -48,7 +47,7 @@ class DoctorSources:
     logins: SharedLogins
     address_check: AddressCheck | None
     resolver: Resolver
-    probes: Sequence[tuple[WriteProbe, Layout]]
+    probes: Sequence[StoreProbe]
     authority: CertificateAuthority
     states: Callable[[], Sequence[Mapping[str, Any]]]
     refused_logins: Callable[[], Sequence[Mapping[str, Any]]]

@@ -60,9 +60,9 @@ def _try_port(address: str, port: OpenPort) -> str:
     return ""
 
 
-def disk_facts(setting: str, directory: str, problem: str, growth: int) -> DiskFacts:
-    """Return the room in `directory`, unless there is a `problem` with it already."""
-    if problem:
+def disk_facts(setting: str, directory: str | None, problem: str, growth: int) -> DiskFacts:
+    """Return the room in `directory`, unless there is a `problem` with it already. A bucket is no directory."""
+    if problem or directory is None:
         return DiskFacts(setting, problem)
     try:
         status = os.statvfs(directory)

@@ -106,12 +106,12 @@ async def _gather(reactor: Any, works: Mapping[str, Awaitable[Iterable[Diagnosis
 
 async def _disks(sources: DoctorSources) -> list[Diagnosis]:
     used, limit = sources.usage()
-    probes = [Deferred.fromCoroutine(probe.probe()) for probe, _ in sources.probes]
+    probes = [Deferred.fromCoroutine(probe.probe()) for probe in sources.probes]
     facts = []
-    for (probe, layout), result in zip(sources.probes, await gatherResults(probes), strict=True):
+    for probe, result in zip(sources.probes, await gatherResults(probes), strict=True):
         growth = max(0, limit - used) if probe.name == "CACHE_DIR" else 0
-        problem = "" if result.state is StoreState.WRITABLE else result.sentence
-        work = partial(machine.disk_facts, probe.name, str(layout.root), problem, growth)
+        problem = "" if result.state is StoreState.WRITABLE else result.details or result.sentence
+        work = partial(machine.disk_facts, probe.name, probe.directory, problem, growth)
         facts.append(work() if problem else await sources.threads.run(work))
     return list(checks.check_disks(facts))
 

@@ -96,7 +96,10 @@ class Place:
 
 @define(eq=False)
 class BrowserPage:
-    """Handles the requests for the page. `registries` returns the names of the registries that are cached."""
+    """Handles the requests for the page. `registries` returns the names of the registries that are cached.
+
+    Unless `collects_garbage`, there is no button for gc, because the hosted registry is in a bucket.
+    """
 
     _reactor: Any
     _clock: Callable[[], float]
@@ -109,6 +112,7 @@ class BrowserPage:
     _registries: Callable[[], list[str]]
     _requests: ClientShares
     _on_proxy_port: bool = field(default=False, kw_only=True)
+    _collects_garbage: bool = field(default=True, kw_only=True)
 
     def pages(self, text: Handler) -> dict[str, Handler]:
         """Return the handlers of GET by path. `text` responds to those that want no page at ``/``."""
@@ -312,7 +316,12 @@ class BrowserPage:
         if visitor.viewer.is_admin:
             status = await self._overview.get("status", visitor.viewer, {})
             operation = views.operation(status.get("operation"), self._clock())
-        context = {"report": report, "unavailable": unavailable, "operation": operation}
+        context = {
+            "report": report,
+            "unavailable": unavailable,
+            "operation": operation,
+            "collects_garbage": self._collects_garbage,
+        }
         await self._respond_page(request, "doctor", visitor, context, parameters(request))
 
     async def _show_login(

@@ -1,4 +1,4 @@
-"""Whether a store can be written at this moment: a file is written, and removed again."""
+"""Whether a store can be written at this moment: a file or an object is written, and removed again."""
 
 from __future__ import annotations
 
@@ -39,37 +39,41 @@ class StoreState(enum.Enum):
 
 @frozen
 class ProbeResult:
-    """The result of a probe. `sentence` names the setting of the directory, without its path, and the problem."""
+    """The result of a probe. `sentence` names the setting of the store, without its place, and the problem.
+
+    `details` is the same for administrators, if they may know more.
+    """
 
     state: StoreState
     sentence: str = ""
+    details: str = ""
 
 
 @define(eq=False)
-class WriteProbe:
-    """Probes a store, whose directory the setting `name` has. Concurrent callers share one write.
+class StoreProbe:
+    """Probes a store, whose `place` the setting `name` has. Concurrent callers share one attempt to write.
 
-    While a file system hangs, one thread waits for it, however many callers there are. `check` raises `OSError` if
-    clients may not write to the store, though that is possible.
+    `attempt` makes it. A result counts for `ttl` seconds. `directory` is that of the store, if it is on this machine.
     """
 
     _reactor: Any
     name: str
-    _layout: Layout
-    _run: RunInThread
-    _check: Callable[[], None] = lambda: None
+    place: str
+    _attempt: Callable[[], Awaitable[ProbeResult]]
+    directory: str | None = None
+    _ttl: float = RESULT_TTL
     _last: tuple[float, ProbeResult] | None = field(default=None, init=False)
     _waiters: list[Deferred[ProbeResult]] = field(factory=list, init=False)
-    _began_at: float | None = field(default=None, init=False)  # of a write that has not ended
+    _began_at: float | None = field(default=None, init=False)  # of an attempt that has not ended
 
     async def probe(self) -> ProbeResult:
         """Return the state of the store, within `ANSWER_TIMEOUT` seconds."""
         now = self._reactor.seconds()
-        if self._last is not None and now - self._last[0] < RESULT_TTL:
+        if self._last is not None and now - self._last[0] < self._ttl:
             return self._last[1]
         if self._began_at is None:
             self._began_at = now
-            Deferred.fromCoroutine(self._write()).addBoth(self._end)
+            Deferred.fromCoroutine(self._try()).addBoth(self._end)
             if self._began_at is None and self._last is not None:  # it has ended already
                 return self._last[1]
         left = self._began_at + ANSWER_TIMEOUT - now
@@ -84,21 +88,10 @@ class WriteProbe:
             if timer.active():
                 timer.cancel()
 
-    async def _write(self) -> str:
-        return await self._run(self._try_write)
+    async def _try(self) -> ProbeResult:
+        return await self._attempt()
 
-    def _try_write(self) -> str:
-        """Write a file and remove it. Return why that is impossible, or `""`. Blocks."""
-        try:
-            self._check()
-            write_file(self._layout.staging)
-        except OSError as error:
-            if error.errno in _FULL:
-                return f"{self.name} is full: {error.strerror}; free space there, or give it a larger disk"
-            return f"{self.name} cannot be written: {error.strerror}; see the permissions and mounts of its directory"
-        return ""
-
-    def _end(self, result: str | Failure) -> None:
+    def _end(self, result: ProbeResult | Failure) -> None:
         self._began_at = None
         if isinstance(result, Failure):
             if not isinstance(result.value, RegistryError):
@@ -107,7 +100,7 @@ class WriteProbe:
             else:  # the threads for it are all busy
                 outcome = self._hanging()
         else:
-            outcome = ProbeResult(StoreState.FAILED if result else StoreState.WRITABLE, result)
+            outcome = result
         self._last = self._reactor.seconds(), outcome
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
@@ -118,8 +111,35 @@ class WriteProbe:
         waiter.callback(self._hanging())
 
     def _hanging(self) -> ProbeResult:
-        sentence = f"{self.name} has not answered for {ANSWER_TIMEOUT:g} s; is its disk alive?"
-        return ProbeResult(StoreState.HANGS, sentence)
+        question = "is the store alive?" if self.directory is None else "is its disk alive?"
+        return ProbeResult(StoreState.HANGS, f"{self.name} has not answered for {ANSWER_TIMEOUT:g} s; {question}")
+
+
+def probe_directory(
+    reactor: Any, name: str, layout: Layout, run: RunInThread, check: Callable[[], None] = lambda: None
+) -> StoreProbe:
+    """Return the probe of a directory, which the setting `name` has.
+
+    While a file system hangs, one thread waits for it, however many callers there are. `check` raises `OSError` if
+    clients may not write to the store, though that is possible.
+    """
+
+    def write() -> str:
+        """Write a file and remove it. Return why that is impossible, or `""`. Blocks."""
+        try:
+            check()
+            write_file(layout.staging)
+        except OSError as error:
+            if error.errno in _FULL:
+                return f"{name} is full: {error.strerror}; free space there, or give it a larger disk"
+            return f"{name} cannot be written: {error.strerror}; see the permissions and mounts of its directory"
+        return ""
+
+    async def attempt() -> ProbeResult:
+        problem = await run(write)
+        return ProbeResult(StoreState.FAILED if problem else StoreState.WRITABLE, problem)
+
+    return StoreProbe(reactor, name, str(layout.root), attempt, str(layout.root))
 
 
 def write_file(directory: str) -> None:

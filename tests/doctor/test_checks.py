@@ -165,6 +165,13 @@ def test_disks(values: dict[str, Any], level: str, start: str) -> None:
     assert bool(finding.advice) == (level != OK)
 
 
+def test_a_bucket_answers_or_says_why_not() -> None:
+    problem = "REGISTRY_STORE: s3://images refuses us (AccessDenied); let the key write"
+    working, failing = checks.check_disks([DiskFacts("REGISTRY_STORE"), DiskFacts("REGISTRY_STORE", problem)])
+    assert (working.level, working.sentence) == (OK, "REGISTRY_STORE answers")
+    assert (failing.level, failing.advice) == (BAD, "Let the key write.")
+
+
 # the CA
 
 

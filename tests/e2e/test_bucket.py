@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,15 +91,47 @@ def test_any_node_answers_any_request(nodes: tuple[RegistryDaemon, RegistryDaemo
 
 
 def test_commands_that_need_a_directory_say_so(nodes: tuple[RegistryDaemon, RegistryDaemon]) -> None:
-    socket = nodes[0].state_folder / "run/control.sock"
-    argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket)]
     for command in (["gc"], ["check"], ["import", "/nowhere"]):
-        ended = subprocess.run(
-            [*argv, *command], env=nodes[0].environment, capture_output=True, text=True, timeout=60, check=False
-        )
+        ended = run_command(nodes[0], *command)
         assert ended.returncode != 0
         message = f"{command[0]} works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE"
         assert message in ended.stdout + ended.stderr
+
+
+def test_readyz_status_and_doctor_know_the_bucket(tmp_path: Path) -> None:
+    with SeaweedFS(tmp_path / "store").run() as store:
+        daemon = RegistryDaemon(tmp_path / "node", store.settings(store.make_bucket("known")))
+        with daemon.run_and_check_log(lambda: [SECRET_KEY]):
+
+            def ready() -> tuple[int, str]:
+                response = request_directly("GET", f"http://{daemon.http_address}/readyz")
+                return response.status, response.body.decode()
+
+            def run(*arguments: str) -> dict[str, Any]:
+                ended = run_command(daemon, *arguments, "--json")
+                assert ended.returncode in (0, 1), ended.stdout + ended.stderr
+                return json.loads(ended.stdout)
+
+            def finding(level: str) -> bool:
+                findings = run("doctor")["findings"]
+                return any((entry["subject"], entry["level"]) == ("REGISTRY_STORE", level) for entry in findings)
+
+            assert ready() == (200, "ready\n")
+            hosted = run("status")["shelves"]["hosted"]
+            assert "known" in hosted["directory"] and "error" not in hosted
+            assert finding("ok")
+            store.stop()
+            wait_until(lambda: "REGISTRY_STORE" in ready()[1], "the daemon noticed", timeout=60)
+            status, text = ready()
+            assert (status, text.splitlines()[0]) == (200, "ready"), "pulls get what the cache has"
+            assert "REGISTRY_STORE" in run("status")["shelves"]["hosted"]["error"]
+            assert finding("bad")
+
+
+def run_command(daemon: RegistryDaemon, *command: str) -> subprocess.CompletedProcess[str]:
+    socket = daemon.state_folder / "run/control.sock"
+    argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(socket), *command]
+    return subprocess.run(argv, env=daemon.environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_clients(nodes: tuple[RegistryDaemon, RegistryDaemon], clients: ClientFactory, tmp_path: Path) -> None:

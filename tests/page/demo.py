@@ -264,6 +264,7 @@ class Demo:
     """The page, with the actions and sign-ins so far. Its clock stands still."""
 
     reactor: Any
+    collects_garbage: bool = True
     overview: DemoOverview = field(factory=DemoOverview)
     actions: list[tuple[str | None, str, str, str]] = field(factory=list)
     sign_ins: list[tuple[str, str | None, bool]] = field(factory=list)
@@ -290,6 +291,7 @@ class Demo:
             lambda: names,
             self.requests,
             on_proxy_port=True,
+            collects_garbage=self.collects_garbage,
         )
 
     def _note(self, request: Request, what: str, user: str | None, accepted: bool) -> None:

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from dockerproxy.errors import ServiceOverloaded
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.write_probe import ANSWER_TIMEOUT, RESULT_TTL, ProbeResult, StoreState, WriteProbe
+from dockerproxy.store.write_probe import ANSWER_TIMEOUT, RESULT_TTL, ProbeResult, StoreState, probe_directory
 
 WRITABLE = ProbeResult(StoreState.WRITABLE)
 
@@ -30,7 +30,7 @@ class Disk:
         self.waiting: list[tuple[Deferred[str], Callable[[], str]]] = []
         self.runs = 0
         self.error: OSError | None = None
-        self.probe = WriteProbe(self.clock, "CACHE_DIR", self.layout, self._run, self._check)
+        self.probe = probe_directory(self.clock, "CACHE_DIR", self.layout, self._run, self._check)
 
     async def _run(self, function: Callable[[], str]) -> str:
         self.runs += 1
@@ -161,7 +161,7 @@ def test_a_probe_that_cannot_run(disk: Disk, error: Exception, state: StoreState
     async def run(function: Callable[[], str]) -> str:
         raise error
 
-    probe = WriteProbe(disk.clock, "REGISTRY_DIR", disk.layout, run)
+    probe = probe_directory(disk.clock, "REGISTRY_DIR", disk.layout, run)
     results: list[Any] = []
     Deferred.fromCoroutine(probe.probe()).addBoth(results.append)
     assert results[0].state is state

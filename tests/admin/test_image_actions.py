@@ -1,0 +1,54 @@
+"""What administrators ask for on the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from dockerproxy.admin.image_actions import ImageActions
+from dockerproxy.errors import Denied
+from dockerproxy.registry.principal import Principal
+
+ALICE = Principal("alice", "192.0.2.1", None)
+
+
+class OperationsStub:
+    """Records the operations."""
+
+    current = None
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, Any]] = []
+
+    async def run(self, principal: Principal, name: str, options: Any, on_event: Any) -> dict[str, Any]:
+        self.started.append((name, options))
+        return {}
+
+
+def collect(operations: OperationsStub, root: str | None) -> str:
+    unused: Any = None
+    running: Any = operations
+    actions = ImageActions(unused, unused, unused, running, unused, root, unused)
+    results: list[Any] = []
+    Deferred.fromCoroutine(actions.act(ALICE, "gc", "", "")).addCallbacks(
+        results.append, lambda failure: results.append(failure.value)
+    )
+    [result] = results
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def test_gc_works_on_the_directory() -> None:
+    operations = OperationsStub()
+    assert collect(operations, "/srv/registry") == "collecting"
+    assert operations.started == [("gc", {"root": "/srv/registry"})]
+
+
+def test_gc_never_runs_on_the_directory_if_the_registry_is_in_a_bucket() -> None:
+    operations = OperationsStub()
+    with pytest.raises(Denied, match="in the bucket of REGISTRY_STORE"):
+        collect(operations, None)
+    assert operations.started == []
