@@ -1,4 +1,4 @@
-"""What administrators ask for on the page."""
+"""The actions of the page: the store that each works on."""
 
 from __future__ import annotations
 

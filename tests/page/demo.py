@@ -1,7 +1,7 @@
 """A page with data of a busy server: the one of browser tests and pictures.
 
-It has the names and numbers of no real server. The documents have the schema of `dockerproxy.admin.overview`, which
-`test_page_in_the_daemon` checks against those of a real daemon.
+It has the names and numbers of no real server. The documents have the schema of `dockerproxy.admin.overview`. The page
+with the documents of a real daemon is tested in `tests/e2e/test_page.py`.
 """
 
 from __future__ import annotations
