@@ -28,11 +28,15 @@ class OperationsStub:
 
 
 def collect(operations: OperationsStub, root: str | None) -> str:
+    return act(operations, root, "gc")
+
+
+def act(operations: OperationsStub, root: str | None, action: str, name: str = "", where: str = "") -> str:
     unused: Any = None
     running: Any = operations
     actions = ImageActions(unused, unused, unused, running, unused, root, unused)
     results: list[Any] = []
-    Deferred.fromCoroutine(actions.act(ALICE, "gc", "", "")).addCallbacks(
+    Deferred.fromCoroutine(actions.act(ALICE, action, name, where)).addCallbacks(
         results.append, lambda failure: results.append(failure.value)
     )
     [result] = results
@@ -52,3 +56,8 @@ def test_gc_never_runs_on_the_directory_if_the_registry_is_in_a_bucket() -> None
     with pytest.raises(Denied, match="in the bucket of REGISTRY_STORE"):
         collect(operations, None)
     assert operations.started == []
+
+
+def test_an_image_in_a_bucket_is_not_said_to_be_gone() -> None:
+    with pytest.raises(Denied, match="in the bucket of REGISTRY_STORE"):
+        act(OperationsStub(), None, "remove", "team/app:1", "hosted")
