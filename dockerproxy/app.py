@@ -367,7 +367,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             time.time,
             sign_in,
             shared.overview,
-            partial(report_health, shared.doctor_report),
+            partial(report_health, shared.doctor_report, shared.metrics),
             shared.page_desk.act,
             shared.page_desk.read_history,
             Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
@@ -482,13 +482,17 @@ def configure_sign_in(
 
 def note_sign_in(audit: AuditLog, request: Request, action: str, user: str | None, accepted: bool) -> None:
     """Record that somebody has signed in to the page or out of it, or was refused."""
-    audit.record(Principal.of(request, user), action, "the page", "accepted" if accepted else "refused")
+    principal = Principal.of(request, user)
+    if accepted:
+        audit.record(principal, action, "the page", "accepted")
+    else:
+        audit.record_refusal(principal, action, "the page")
 
 
-async def report_health(doctor_report: DoctorReport, quick: bool, viewer: Viewer) -> dict[str, Any]:
+async def report_health(doctor_report: DoctorReport, metrics: Metrics, quick: bool, viewer: Viewer) -> dict[str, Any]:
     """Return the health report that `viewer` may read."""
     report = await doctor_report(quick)
-    return report if viewer.is_admin else public_report(report)
+    return report if viewer.is_admin else public_report(report, metrics.registries)
 
 
 def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:

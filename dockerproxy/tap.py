@@ -211,7 +211,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         doctor_settings(configuration, state.warnings),
     )
     shared_state.doctor_report = doctor.report_for_page
-    overview.sources.notices = partial(find_notices, doctor)
+    overview.sources.notices = partial(find_notices, doctor, server.metrics)
     apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
@@ -597,10 +597,10 @@ def build_overview(
     )
 
 
-async def find_notices(doctor: Doctor, viewer: Viewer) -> list[dict[str, Any]]:
+async def find_notices(doctor: Doctor, metrics: Metrics, viewer: Viewer) -> list[dict[str, Any]]:
     """Return what is wrong, as far as the viewer may know it, for the overview."""
     report = await doctor.report(True)
-    findings = report["findings"] if viewer.is_admin else public_report(report)["findings"]
+    findings = report["findings"] if viewer.is_admin else public_report(report, metrics.registries)["findings"]
     return [
         {
             "level": finding["level"],

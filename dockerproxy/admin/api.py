@@ -51,7 +51,7 @@ class API:
         viewer = await self._viewer_of(request)
         resource = request.path.removeprefix(API_PREFIX)
         if resource == "live":
-            await self._live.send_events(request, viewer)
+            await self._live.send_events(request, viewer, self._viewer_of)
             return
         self._requests.acquire(request.client)
         try:

@@ -3,7 +3,8 @@
 Each process computes one sum a second for all its viewers, from shared memory, while it has any. A viewer gets the
 differences only. The events are Server-Sent Events (HTML, 9.2), or lines of JSON on the control socket.
 
-A viewer that does not read costs 64 KiB, then its connection is closed. All processes together have at most
+A viewer that does not read costs 64 KiB, then its connection is closed. A stream ends when its viewer loses, or gets,
+rights by a sign-out, another password or a reload; the page then opens another one. All processes together have at most
 `MAX_VIEWERS`; others poll.
 """
 
@@ -22,13 +23,13 @@ from twisted.logger import Logger
 
 from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.shown_transfers import BlobTransfer, blob_transfers
-from dockerproxy.admin.viewer import Viewer
+from dockerproxy.admin.viewer import Viewer, ViewerOf
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.access import public_may_read
 from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.concurrency import spawn
 from dockerproxy.daemon.metrics import OWN, RECEIVED_BYTES, SENT_BYTES, UPSTREAM_UP, Metrics
-from dockerproxy.errors import ServiceOverloaded
+from dockerproxy.errors import RegistryError, ServiceOverloaded, TooManyRequests
 from dockerproxy.http.request import ClientDisconnected, Request
 from dockerproxy.shares import ClientShares
 from dockerproxy.store.records import Records
@@ -48,6 +49,7 @@ RETRY_AFTER = 10
 _KEEP_ALIVE = 15.0  # seconds without an event after which a comment shows that the connection lives
 _PUBLIC_KEPT = 10.0  # seconds for which the answer to "is it public?" counts
 _MAX_PUBLIC_KEPT = 1000
+_CHECK_INTERVAL = 5.0  # seconds between two questions who a viewer is
 _USAGE_INTERVAL = 5.0  # seconds between two questions about the cache
 _TRAFFIC_SAMPLES = 10
 _SMOOTHING = 0.4  # part of the last second in the rate of a transfer
@@ -128,11 +130,14 @@ _LINES = _Format((("Content-Type", "application/x-ndjson"), ("Cache-Control", "n
 
 @define(eq=False)
 class _Stream:
-    """The response to one viewer. `ended` fires when it is to end."""
+    """The response to one viewer. `ended` fires when it is to end. `viewer_of` says whether they are still `viewer`."""
 
     request: Request
     viewer: Viewer
     format: _Format
+    viewer_of: ViewerOf | None = None
+    checked_at: float = 0.0
+    is_being_checked: bool = False
     ended: Deferred[None] = field(factory=Deferred)
     is_new: bool = True
     sent_at: float = 0.0
@@ -202,12 +207,13 @@ class LiveFeed:
         self._loop.clock = reactor
         self.viewers = ClientShares("live views of the page", MAX_VIEWERS, VIEWERS_PER_CLIENT, retry_after=RETRY_AFTER)
 
-    async def send_events(self, request: Request, viewer: Viewer) -> None:
-        """Respond with Server-Sent Events until the viewer leaves, or does not read.
+    async def send_events(self, request: Request, viewer: Viewer, viewer_of: ViewerOf) -> None:
+        """Respond with Server-Sent Events until the viewer leaves, does not read, or has other rights.
 
+        `viewer_of` returned `viewer`, and is asked again now and then.
         Raise `ServiceOverloaded` or `TooManyRequests` if there are too many viewers.
         """
-        await self._send(_Stream(request, viewer, _EVENTS))
+        await self._send(_Stream(request, viewer, _EVENTS, viewer_of, self._reactor.seconds()))
 
     async def send_lines(self, request: Request, viewer: Viewer) -> None:
         """Respond with the same events as lines of JSON. Raise the same errors."""
@@ -250,6 +256,8 @@ class LiveFeed:
         for stream in list(self._streams):
             if stream.request.closing or stream.request.finished:
                 self._end(stream)
+            else:
+                self._check_soon(stream)
         if not self._streams:
             self._loop.stop()
             self._states, self._rates = {}, _Rates()
@@ -277,6 +285,25 @@ class LiveFeed:
                 self._send_state(stream)
             else:
                 self._write(stream, events[sight])
+
+    def _check_soon(self, stream: _Stream) -> None:
+        """Ask whether the viewer has the same rights as before, unless that was done a moment ago."""
+        now = self._reactor.seconds()
+        if stream.viewer_of is not None and not stream.is_being_checked and now - stream.checked_at >= _CHECK_INTERVAL:
+            stream.checked_at, stream.is_being_checked = now, True
+            spawn(self._check(stream, stream.viewer_of), "looking who a viewer is")
+
+    async def _check(self, stream: _Stream, viewer_of: ViewerOf) -> None:
+        try:
+            is_same = _Sight.of(await viewer_of(stream.request)) == _Sight.of(stream.viewer)
+        except (ServiceOverloaded, TooManyRequests):
+            is_same = True  # nobody can say it now
+        except RegistryError:
+            is_same = False
+        finally:
+            stream.is_being_checked = False
+        if not is_same:
+            self._end(stream)
 
     async def _find_places(self, transfers: Iterable[BlobTransfer]) -> None:
         try:

@@ -21,7 +21,8 @@ from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.access import public_may_read
 from dockerproxy.concurrency import in_thread
-from dockerproxy.errors import BadRequest, RegistryError
+from dockerproxy.errors import BadRequest, NameInvalid, RegistryError
+from dockerproxy.oci.docker_hub import stored_name
 from dockerproxy.store.cooperative import CooperativeThread
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.records import Records
@@ -190,6 +191,17 @@ def _time_of_change(path: str) -> int:
         return 0
 
 
+def _key_of(store: StoreView, name: str) -> str | None:
+    """Return the key that the repository `name` has in `store` if it is there; None if no repository has that name."""
+    key = name if store.kind == HOSTED else stored_name(name)
+    try:
+        if key is not None:
+            store.layout.repository(key)
+    except NameInvalid:
+        return None
+    return key
+
+
 class Summaries:
     """The repositories of both stores. `renew` reads them, and everything else is answered from memory.
 
@@ -286,10 +298,17 @@ class Summaries:
             kind = reader.store.kind
             if where not in ("", kind):
                 continue
-            rows = self._rows[kind]
-            row = rows.get(name) or next((row for row in list(rows.values()) if row.name == name), None)
-            if row is not None and self._may_see(viewer, row):
-                return row
+            key = _key_of(reader.store, name)
+            if key is None:
+                continue
+            # Before the look-up: one that exists and is private takes no other time than one that does not exist.
+            is_public = kind == CACHED and not viewer.is_admin and public_may_read(self._records, key)
+            row = self._rows[kind].get(key)
+            if row is not None and name in (row.name, row.key):
+                if kind == CACHED and not viewer.is_admin:
+                    row.is_public = is_public
+                if viewer.may_see(kind, is_public=row.is_public):
+                    return row
         return None
 
     def _search(self, viewer: Viewer, query: SummaryQuery) -> SummaryPage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from attrs import frozen
@@ -10,6 +10,7 @@ from attrs import frozen
 OK, WARN, BAD = "ok", "warn", "bad"
 
 _ORDER = {BAD: 0, WARN: 1, OK: 2}
+_OF_REGISTRIES = ("registry", "budget", "login")  # checks whose subject is a registry
 _MAX_FINDINGS = 200  # with texts of `_MAX_TEXT`, a report is at most 150 KiB
 _MAX_TEXT = 300  # characters of a sentence, or of an advice
 
@@ -55,9 +56,13 @@ def make_report(findings: Iterable[Diagnosis], at: float, seconds: float) -> Rep
     return {"level": _worst(rendered), "at": at, "seconds": round(seconds, 3), "findings": rendered}
 
 
-def public_report(report: Mapping[str, Any]) -> Report:
-    """Return the part of `report` that everybody may see."""
-    findings = [finding for finding in report["findings"] if finding["public"]]
+def public_report(report: Mapping[str, Any], registries: Collection[str]) -> Report:
+    """Return the part of `report` that everybody may see. Only `registries`, which settings name, are named in it."""
+    findings = [
+        finding
+        for finding in report["findings"]
+        if finding["public"] and (finding["check"] not in _OF_REGISTRIES or finding["subject"] in registries)
+    ]
     return {**report, "level": _worst(findings), "findings": findings}
 
 

@@ -141,6 +141,14 @@ class SignIn:
         """Note a "sign-in" or a "sign-out"."""
         self._on_sign_in(request, what, user, accepted)
 
+    def may_see_page(self, viewer: Viewer) -> bool:
+        """Return whether PAGE shows `viewer` more than the sign-in page."""
+        try:
+            self._check(viewer)
+        except SignInNeeded:
+            return False
+        return True
+
     def _check(self, viewer: Viewer) -> None:
         if self.page == ADMIN and not viewer.is_admin:
             raise SignInNeeded("this page is for administrators (PAGE=admin); sign in as one of ADMIN_USERS")

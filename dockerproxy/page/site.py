@@ -385,6 +385,8 @@ class BrowserPage:
         await request.respond_long(200 if error is None else error.status, fields, content)
 
     async def _known_findings(self, viewer: Viewer) -> list[Document]:
+        if not self.sign_in.may_see_page(viewer):  # the sign-in page and pages of errors are for everybody
+            return []
         try:
             report = await self._doctor(True, viewer)
         except RegistryError:

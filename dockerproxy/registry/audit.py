@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.journal import BackgroundJournal, Entry, Journal, bounded
@@ -15,6 +16,11 @@ AUDIT_FILE = "audit.jsonl"
 """The name of the file in STATE_DIR."""
 
 _MAX_BYTES = 16 * 1024 * 1024  # of each of two generations; about 60,000 entries
+
+MAX_REFUSALS = 100
+"""Refused sign-ins that one process records in an hour."""
+
+_HOUR = 3600.0
 
 
 @frozen
@@ -27,6 +33,7 @@ class AuditLog:
 
     _append: Callable[[Entry], None]
     _clock: Callable[[], float] = time.time
+    _refusals: deque[float] = field(factory=lambda: deque(maxlen=MAX_REFUSALS), init=False)  # their times
 
     @classmethod
     def open(cls, reactor: Any, state_dir: str) -> AuditLog:
@@ -47,3 +54,16 @@ class AuditLog:
             "result": bounded(result),
         }
         self._append(entry | ({"detail": bounded(detail)} if detail else {}))
+
+    def record_refusal(self, principal: Principal, action: str, target: str) -> None:
+        """Record that `action` was refused, at most `MAX_REFUSALS` times an hour.
+
+        Anybody can cause such an entry, and with any number of them displace all others.
+        """
+        now, times = self._clock(), self._refusals
+        if len(times) == MAX_REFUSALS and 0 <= now - times[0] < _HOUR:
+            return
+        times.append(now)
+        is_last = len(times) == MAX_REFUSALS and 0 <= now - times[0] < _HOUR
+        detail = "further ones within the hour are only in the access log" if is_last else ""
+        self.record(principal, action, target, "refused", detail)

@@ -23,7 +23,7 @@ from dockerproxy.cache.access import Access
 from dockerproxy.cache.board import Board, BoardEntry
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.daemon.metrics import Metrics
-from dockerproxy.errors import NameUnknown, Unauthorized
+from dockerproxy.errors import NameUnknown, RegistryError, ServiceOverloaded, Unauthorized
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Digest
 from dockerproxy.registry.principal import Principal
@@ -56,6 +56,7 @@ class World:
         )  # fmt: skip
         self.part = self.board.for_process(1)
         self.asked: list[str] = []
+        self.viewer: Viewer | RegistryError | None = None  # of all requests from now on
         self.api = API(Overview(self.answer), self.feed, self.viewer_of, api_shares())
         Access(self.records, lambda: NOW).record_grant(PUBLIC_NAME, PUBLIC, NOW - 5)
 
@@ -67,6 +68,10 @@ class World:
         return {"document": {"resource": resource, "viewer": viewer, "arguments": dict(arguments)}}
 
     async def viewer_of(self, request: Request) -> Viewer:
+        if isinstance(self.viewer, RegistryError):
+            raise self.viewer
+        if self.viewer is not None:
+            return self.viewer
         if request.headers.get("x-refused"):
             raise Unauthorized("sign in")
         return Viewer.administrator() if request.headers.get("x-admin") else Viewer()
@@ -164,6 +169,37 @@ def test_viewers_see_what_they_may(world: World) -> None:
         assert str(Digest.of(SECRET_NAME.encode())) not in view.text
         assert "a private image of ghcr.io" in view.text
         assert PUBLIC_NAME in view.text
+
+
+@pytest.mark.parametrize("viewer", [
+    Viewer(), Viewer("alice", reads_hosted=True), Unauthorized("sign in"), NameUnknown("PAGE=off"),
+], ids=["signed out", "no administrator any more", "PAGE=users", "PAGE=off"])  # fmt: skip
+def test_a_stream_ends_with_the_rights_of_its_viewer(world: World, viewer: Viewer | RegistryError) -> None:
+    """A sign-out, another password, ADMIN_USERS and PAGE count for streams that are open, too."""
+    view = world.connect("X-Admin: 1")
+    world.clock.pump([1.0] * 2)
+    world.viewer = viewer
+    world.clock.pump([1.0] * 12)
+    seen = len(view.text)
+    assert view.text.endswith("0\r\n\r\n")
+    world.add(SECRET_NAME, private=True)
+    world.clock.pump([1.0] * 20)
+    assert len(view.text) == seen
+    assert world.feed.viewers.used == 0
+
+
+@pytest.mark.parametrize("viewer", [
+    Viewer.administrator(), Viewer.administrator("other"), ServiceOverloaded("busy"),
+], ids=["same", "same sight", "nobody knows"])  # fmt: skip
+def test_a_stream_goes_on_while_its_viewer_has_the_same_rights(world: World, viewer: Viewer | RegistryError) -> None:
+    view = world.connect("X-Admin: 1")
+    world.clock.pump([1.0] * 2)
+    world.viewer = viewer
+    world.clock.pump([1.0] * 30)
+    world.add(SECRET_NAME, private=True)
+    world.clock.pump([1.0] * 2)
+    assert view.is_open()
+    assert SECRET_NAME in view.text
 
 
 def test_traffic_and_registries_are_in_the_events(world: World) -> None:

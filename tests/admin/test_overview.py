@@ -171,6 +171,42 @@ def test_an_anonymous_viewer_finds_no_private_name_in_any_document(world: World)
     assert world.get("overview", ANONYMOUS)["repositories"]["count"] == 1
 
 
+def test_a_private_repository_costs_what_a_missing_one_costs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a 404 would tell which names exist: nothing depends on that but the answer."""
+    fill(world)
+    asked: list[tuple[str, ...]] = []
+    get = Records.get
+
+    def note(records: Records, *key: str) -> Any:
+        asked.append(key)
+        return get(records, *key)
+
+    monkeypatch.setattr(Records, "get", note)
+    costs = []
+    for name in (f"ghcr.io/{SECRET}/app", "ghcr.io/no/such", "docker.io/no/such", "x" * 5000):
+        asked.clear()
+        with pytest.raises(RegistryError):
+            world.get("image", ANONYMOUS, name=name)
+        costs.append([key[0] for key in asked])
+    assert costs[0] == costs[1] == costs[2]
+    assert costs[3] == []  # no repository has that name
+
+
+def test_a_name_is_found_without_a_look_at_all_repositories(world: World) -> None:
+    class Rows(dict[str, RepositorySummary]):
+        def values(self) -> Any:
+            raise AssertionError("every repository is looked at")
+
+    fill(world)
+    world.local._next_renewal = math.inf
+    world.summaries._rows = {kind: Rows(rows) for kind, rows in world.summaries._rows.items()}
+    names = ("docker.io/library/nginx", f"{HUB}/library/nginx", f"ghcr.io/{SECRET}/app", "platform/base")
+    for name in names:
+        assert world.get("image", name=name)["image"]["name"] == name.replace(HUB, "docker.io")
+    with pytest.raises(RegistryError):
+        world.get("image", name="no/such")
+
+
 def test_an_administrator_sees_everything(world: World) -> None:
     fill(world)
     assert set(world.names()) == {"docker.io/library/nginx", f"ghcr.io/{SECRET}/app", "platform/base"}

@@ -43,9 +43,19 @@ def test_anonymous_viewers_see_public_findings_only() -> None:
         Diagnosis("registry", "quay.io", WARN, "quay.io answers, but", is_public=True),
         Diagnosis("clients", "", BAD, "10.0.0.7 refuses"),
     ]
-    report = public_report(make_report(findings, NOW, 0.0))
+    report = public_report(make_report(findings, NOW, 0.0), ["quay.io"])
     assert report["level"] == WARN
     assert "10.0.0.7" not in str(report)
+
+
+@pytest.mark.parametrize("check", ["registry", "budget", "login"])
+def test_anonymous_viewers_see_no_registry_that_no_setting_names(check: str) -> None:
+    """A wildcard of REGISTRIES covers any number of hosts, and a registry may name any server of tokens."""
+    names = ("quay.io", "secret.wild.test")
+    findings = [Diagnosis(check, name, BAD, f"{name} is ill", is_public=True) for name in names]
+    report = public_report(make_report(findings, NOW, 0.0), ["quay.io"])
+    assert [finding["subject"] for finding in report["findings"]] == ["quay.io"]
+    assert public_report(make_report(findings[1:], NOW, 0.0), ["quay.io"])["level"] == OK
 
 
 @given(st.text(max_size=2000), st.text(max_size=2000))

@@ -75,9 +75,10 @@ def ask_control_socket(daemon: TwistdDaemon, resource: str) -> dict[str, Any]:
 class LiveView:
     """A viewer of the live view. A thread reads all that comes."""
 
-    def __init__(self, daemon: TwistdDaemon) -> None:
+    def __init__(self, daemon: TwistdDaemon, cookie: str = "") -> None:
         self._socket = socket.create_connection(("127.0.0.1", daemon.port))
-        self._socket.sendall(b"GET /api/v1/live HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        fields = f"Host: 127.0.0.1\r\nCookie: {cookie}\r\n"
+        self._socket.sendall(f"GET /api/v1/live HTTP/1.1\r\n{fields}\r\n".encode())
         self.content = b""
         self.has_ended = False
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -111,8 +112,8 @@ class LiveView:
 
 
 @contextmanager
-def live_view(daemon: TwistdDaemon) -> Iterator[LiveView]:
-    view = LiveView(daemon)
+def live_view(daemon: TwistdDaemon, cookie: str = "") -> Iterator[LiveView]:
+    view = LiveView(daemon, cookie)
     try:
         yield view
     finally:

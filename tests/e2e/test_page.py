@@ -19,7 +19,7 @@ from tests.e2e.harness.http_client import BufferedResponse, read_response
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import USERS, write_htpasswd
 from tests.e2e.harness.upstreams import Upstreams
-from tests.e2e.test_overview import ask_control_socket, pull, pull_as_alice
+from tests.e2e.test_overview import ask_control_socket, live_view, pull, pull_as_alice
 
 PAGES = ("/", "/?range=1h", "/images", "/registries", "/registries/docker.io", "/registries/fake.test", "/clients",
          "/doctor", "/login")  # fmt: skip
@@ -139,6 +139,38 @@ def test_the_page_shows_private_images_to_administrators_only(
 
     htpasswd.write_text(htpasswd.read_text().replace("alice:", "other:"))
     wait_until(lambda: b">alice<" not in administrator.get("/").body, "the session ends with the user")
+
+
+def test_a_host_that_only_a_wildcard_covers_is_nobodys_to_know(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    htpasswd = write_htpasswd(tmp_path)
+    daemon = start_daemon(
+        REGISTRIES="*.wild.test listed.test",
+        UPSTREAM_ADDRESSES="secretcorp.wild.test:443=127.0.0.1:1",
+        HTPASSWD_FILE=str(htpasswd),
+        ADMIN_USERS="alice",
+    )
+    assert daemon.client.get("https://secretcorp.wild.test/v2/team/app/manifests/1").status == 502
+    anonymous, administrator = Visitor(daemon), Visitor(daemon)
+    assert administrator.post("/login", {"user": "alice", "password": USERS["alice"]}).status == 303
+    assert b"secretcorp" in administrator.get("/doctor").body
+    paths = ("/", "/doctor", "/registries", "/images", "/clients", "/metrics", "/readyz")
+    resources = ("overview", "registries", "transfers", "budget", "traffic", "images", "status")
+    for path in (*paths, *(f"/api/v1/{resource}" for resource in resources)):
+        response = anonymous.get(path)
+        assert response.status == 200, path
+        assert b"secretcorp" not in response.body, path
+
+
+@pytest.mark.parametrize("workers", ["1", "4"])
+def test_what_is_live_ends_with_the_session(start_daemon: StartDaemon, tmp_path: Path, workers: str) -> None:
+    daemon = start_daemon(WORKERS=workers, HTPASSWD_FILE=str(write_htpasswd(tmp_path)), ADMIN_USERS="alice")
+    administrator = Visitor(daemon)
+    assert administrator.post("/login", {"user": "alice", "password": USERS["alice"]}).status == 303
+    with live_view(daemon) as anonymous, live_view(daemon, administrator.cookie) as view:
+        wait_until(lambda: bool(view.events and anonymous.events), "both have the state")
+        assert administrator.post("/logout", {"token": administrator.form_token()}).status == 303
+        wait_until(lambda: view.has_ended, "the stream of the session ends", timeout=60)
+        assert not anonymous.has_ended
 
 
 def test_a_link_of_the_command_signs_in_once(start_daemon: StartDaemon) -> None:

@@ -312,6 +312,21 @@ def test_page_setting(browser: Browser, demo: Demo, page: str, user: str | None,
     assert (live.status == 200) == (status == 200)
 
 
+@pytest.mark.parametrize(("page", "user", "shown"), [
+    ("public", None, True), ("users", None, False), ("users", "bob", True), ("admin", "bob", False),
+    ("admin", "alice", True),
+])  # fmt: skip
+def test_whom_the_page_refuses_learns_nothing_from_its_frame(
+    browser: Browser, demo: Demo, page: str, user: str | None, shown: bool
+) -> None:
+    """The sign-in page and the pages of errors are for everybody, the number of problems is not."""
+    if user is not None:
+        browser.sign_in(user)
+    demo.sign_in.page = page
+    assert (b'id="problems"' in browser.get("/login").body) is shown
+    assert (b'id="problems"' in browser.get("/images?q=%00").body) is shown
+
+
 HOSTILE = [
     '"><script>alert(1)</script>', "<img src=x onerror=alert(1)>", "{{ 7 * 7 }}{% raw %}", "javascript:alert(1)",
     "\u202egpj.exe", "\x1b[31mred\r\n", "' onmouseover='alert(1)", "a" * 100_000, "</textarea></svg>", "\ud800",
