@@ -49,8 +49,11 @@ _IMMUTABLE = "public, max-age=31536000, immutable"
 _POLICY = security_fields(
     "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
 )
-PAGE_FIELDS = f"{_POLICY}Referrer-Policy: same-origin\r\nCross-Origin-Opener-Policy: same-origin\r\n"
+PAGE_FIELDS = f"{_POLICY}Referrer-Policy: same-origin\r\n"
 """The fields of all that the page consists of: everything from here, no script or style within a page."""
+
+TLS_PAGE_FIELDS = f"{PAGE_FIELDS}Cross-Origin-Opener-Policy: same-origin\r\n"
+"""The same over TLS. Without it, browsers ignore the last one, and report each page as an error (HTML, 7.1.3)."""
 
 _HTML = ("Content-Type", "text/html; charset=utf-8")
 _NO_STORE = ("Cache-Control", "no-store")
@@ -131,7 +134,7 @@ class BrowserPage:
 
     def handle(self, request: Request) -> Awaitable[None]:
         """Respond to a request for any address of the page. Raise `RegistryError` if PAGE=off."""
-        request.security_fields = PAGE_FIELDS
+        request.security_fields = TLS_PAGE_FIELDS if request.secure else PAGE_FIELDS
         return self._handle(request)
 
     async def _handle(self, request: Request) -> None:

@@ -123,6 +123,15 @@ def test_every_page_is_complete_and_loads_nothing_from_elsewhere(browser: Browse
         assert browser.get(path, method="HEAD").body == b""
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+def test_a_field_that_browsers_take_over_tls_only_is_sent_there_only(
+    connect_client: Any, demo: Demo, secure: bool
+) -> None:
+    """Without TLS, each page would be an error in the browser's console."""
+    response = Browser(connect_client, demo, secure=secure).get("/")
+    assert response.headers["Cross-Origin-Opener-Policy"] == ("same-origin" if secure else None)
+
+
 def test_the_overview_has_everything_as_text(browser: Browser) -> None:
     text = check_page(browser.get("/").body)
     for part in ("91.0 %", "196 GB", "212 GB of 256 GB", "34 of 100 pulls left", "quay.io does not answer",
