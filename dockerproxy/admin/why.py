@@ -11,7 +11,7 @@ from typing import Any
 from attrs import asdict, frozen
 
 from dockerproxy.admin.explanations import explain
-from dockerproxy.admin.resolver import CACHED, ImageRef, ImageResolver, NotFound, StoreView, parse_name
+from dockerproxy.admin.resolver import CACHED, ImageRef, ImageResolver, InvalidArgument, NotFound, StoreView, parse_name
 from dockerproxy.cache.access import GRANT, Access, AccessState
 from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import PUBLIC
@@ -20,7 +20,7 @@ from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.docker_hub import stored_name
 from dockerproxy.oci.manifests import MAX_MANIFEST
-from dockerproxy.oci.names import Digest, Host, Registry
+from dockerproxy.oci.names import Digest, Host, Registry, parse_repository, parse_tag
 from dockerproxy.oci.platforms import platform_name
 from dockerproxy.oci.untrusted_json import JSONInvalid, parse_json
 from dockerproxy.store.ingest import ingests_of
@@ -58,7 +58,12 @@ class Explainer:
         Raise `NotFound` if neither store and no served registry can have it, or `InvalidArgument`.
         """
         path, tag, digest = parse_name(text)
-        ref = self._find(path, tag, digest)
+        try:
+            if tag is not None:
+                parse_tag(tag)
+            ref = self._find(path, tag, digest)
+        except NameInvalid as error:
+            raise InvalidArgument(error.message) from None
         name = ref.name
         counted = f"hosted/{name}" if ref.store.kind != CACHED else name
         registry = name.partition("/")[0] if ref.store.kind == CACHED else "the hosted registry"
@@ -100,6 +105,7 @@ class Explainer:
             host = None if key is None else _parse_host(key.partition("/")[0])
             if key is None or host is None or host not in self.registries:
                 raise
+            parse_repository(key.partition("/")[2])
         return ImageRef(self.cache, key, tag, digest)
 
     # what would happen now

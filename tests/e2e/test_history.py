@@ -89,6 +89,18 @@ def test_each_cause_is_explained(upstreams: Upstreams, daemon: MultiProcessDaemo
     assert "404" in {str(row["status"]) for row in run_json(daemon, "history", f"fake.test/{name}")["pulls"]}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["fake.test/\x1b[31mred:v1", "fake.test/why/app:\x07", "fake.test/WHY:v1", "fake.test/why/app:" + "v" * 129],
+    ids=["control-characters", "tag", "capitals", "long-tag"],
+)
+def test_names_of_nothing_are_refused(daemon: MultiProcessDaemon, name: str) -> None:
+    for arguments in ([name], [name, "--json"]):
+        result = daemon.run_cli("why", *arguments)
+        assert (result.returncode, "\x1b" in result.stderr) == (2, False), result
+        assert " is not a repository name" in result.stderr or " is not a tag" in result.stderr
+
+
 def test_pulls_of_all_processes_are_listed(upstreams: Upstreams, daemon: MultiProcessDaemon) -> None:
     upstreams.fake.put("history/app", "1", images.build_small_image("history"))
     with daemon.connection_to_each_process(f"{FAKE}/") as connections:
