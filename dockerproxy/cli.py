@@ -153,7 +153,7 @@ def _build_parser() -> argparse.ArgumentParser:
     rm.add_argument(
         "names", nargs="+", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO; HOST/REPO… if cached"
     )
-    rm.add_argument("--force", action="store_true", help="also remove what the index of a tag needs")
+    rm.add_argument("--force", action="store_true", help="also remove pinned images, and what the index of a tag needs")
     add_store_options(rm)
     gc = add_command("gc", "maintenance:collect", "delete hosted blobs that no manifest needs")
     gc.add_argument("--dry-run", action="store_true", help="only report what would be deleted")
@@ -196,6 +196,7 @@ def _build_parser() -> argparse.ArgumentParser:
     add_image_options(pull)
     pull.add_argument("--pin", action="store_true", help="keep them there from now on")
     pull.add_argument("--dry-run", action="store_true", help="only say how many pulls and bytes it would take")
+    pull.add_argument("--cancel", action="store_true", help="end the pulls of these images that are running or wait")
     pin = add_command("pin", "pull:pin", "pull images into the cache, and keep them there")
     add_image_options(pin)
     pin.add_argument(

@@ -226,7 +226,13 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     stores = store_views(settings, state)
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     deleter = Deleter(
-        reactor, server.registry_disk, server.hosted_tree, cache_space, state.open_records(), server.audit
+        reactor,
+        server.registry_disk,
+        server.hosted_tree,
+        cache_space,
+        state.open_records(),
+        server.audit,
+        pulls.is_pinned,
     )
     sessions = Sessions(reactor.seconds)
     actions = ImageActions(

@@ -301,10 +301,9 @@ class Control:
         # Resolve and check all names first, so that a wrong one changes nothing.
         refs = [await self._in_thread(kind, self._resolver.resolve, name, kind) for name in arguments["names"]]
         for ref in refs:
-            tag = None if arguments.get("force", False) else await self._deleter.tag_that_needs(ref)
-            if tag is not None:
-                message = f"{ref.repository}:{tag} needs {ref.digest}; remove that tag first, or use --force"
-                raise ControlError(403, "NEEDED", f"{message} (nothing was removed)")
+            reason = None if arguments.get("force", False) else await self._deleter.reason_to_keep(ref)
+            if reason is not None:
+                raise ControlError(403, "NEEDED", f"{reason}, or use --force (nothing was removed)")
         results = []
         for ref in refs:
             result = await self._deleter.delete(principal, ref)

@@ -6,6 +6,7 @@ garbage collection, so its blobs are deleted at once. A later pull fetches them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
@@ -39,7 +40,10 @@ class DeletionResult:
 
 @frozen
 class Deleter:
-    """Deletes images from both stores. `disk` accesses the hosted one; `records` are the cache's."""
+    """Deletes images from both stores. `disk` accesses the hosted one; `records` are the cache's.
+
+    `is_pinned` says whether a tag or digest of a cached repository, or anything of it, is pinned.
+    """
 
     _reactor: Any
     _disk: DiskAccess
@@ -47,6 +51,7 @@ class Deleter:
     _space: CacheSpaceManager
     _records: Records
     _audit: AuditLog
+    _is_pinned: Callable[[str, str | None], bool]
 
     async def delete(self, principal: Principal, ref: ImageRef) -> DeletionResult:
         """Delete the tag, manifest, blob or repository that `ref` names. Log and record it with `principal`."""
@@ -61,11 +66,18 @@ class Deleter:
         log.info("{principal} removed {name} ({kind})", principal=str(principal), name=str(ref), kind=ref.store.kind)
         return result
 
-    async def tag_that_needs(self, ref: ImageRef) -> str | None:
-        """Return a tag with an index that needs the hosted manifest `ref`. Return None if there is none."""
-        if ref.store.kind != HOSTED or ref.digest is None:
+    async def reason_to_keep(self, ref: ImageRef) -> str | None:
+        """Return why `ref` is to be deleted by force only, and what to do first. Return None if nothing needs it."""
+        if ref.store.kind != HOSTED:
+            return self._pin_of(ref)
+        tag = None if ref.digest is None else await self._disk.run(self._find_tag_that_needs, ref)
+        return None if tag is None else f"{ref.repository}:{tag} needs {ref.digest}; remove that tag first"
+
+    def _pin_of(self, ref: ImageRef) -> str | None:
+        name = ref.tag if ref.digest is None else str(ref.digest)
+        if not self._is_pinned(ref.repository, name):
             return None
-        return await self._disk.run(self._find_tag_that_needs, ref)
+        return f"{ref} has pinned images; unpin them first" if name is None else f"{ref} is pinned; unpin it first"
 
     def _find_tag_that_needs(self, ref: ImageRef) -> str | None:
         needs = find_needs(self._hosted_store.layout, self._hosted_store.links, ref.repository)

@@ -78,9 +78,9 @@ class ImageActions:
             raise BadRequest(str(error)) from None
         if ref.tag is None and ref.digest is None:
             raise BadRequest("choose a tag or a digest to remove")
-        tag = await self._deleter.tag_that_needs(ref)
-        if tag is not None:
-            raise Denied(f"{ref.repository}:{tag} needs {ref.digest}; remove that tag first. Nothing was removed.")
+        reason = await self._deleter.reason_to_keep(ref)
+        if reason is not None:
+            raise Denied(f"{reason}. Nothing was removed.")
         try:
             await self._deleter.delete(principal, ref)
         except OSError as error:

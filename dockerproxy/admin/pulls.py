@@ -2,6 +2,7 @@
 
     POST /v1/pull          {"images", "platforms"?, "pin"?, "refresh"?, "dry_run"?, "detach"?, "referrers"?}  lines
     GET  /v1/pulls
+    POST /v1/pulls/cancel  {"images"}
     GET  /v1/budget
     POST /v1/unpin         {"images"}
     GET  /v1/pins
@@ -63,6 +64,7 @@ PULL = {
     "referrers": FLAG,
 }  # fmt: skip
 UNPIN = {"images": NAMES}
+CANCEL = {"images": NAMES}
 REFRESH = {"all": FLAG}
 """The arguments of each request."""
 
@@ -317,7 +319,7 @@ class PullService(Service):
         except OSError as error:
             await self._fail(pull, StorageFailed(f"{error.filename or 'the disk'}: {error.strerror}"))
         except CancelledError:
-            pull.message = "the daemon stops; pull it again to go on"
+            pull.message = pull.message or "the daemon stops; pull it again to go on"
         finally:
             if not pull.is_over:
                 pull.message = pull.message or "it failed because of an internal error; see the daemon's log"
@@ -372,6 +374,7 @@ class PullService(Service):
         return {
             ("POST", "/v1/pull"): self._handle_pull,
             ("GET", "/v1/pulls"): self._handle_pulls,
+            ("POST", "/v1/pulls/cancel"): self._handle_cancel,
             ("GET", "/v1/budget"): self._handle_budget,
             ("POST", "/v1/unpin"): self._handle_unpin,
             ("GET", "/v1/pins"): self._handle_pins,
@@ -381,6 +384,24 @@ class PullService(Service):
     async def _handle_pulls(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         rows = [self._puller.row(pull) for pull in self._active.values()]
         request.respond(200, JSON_FIELDS, json.dumps({"pulls": rows}).encode())
+
+    async def _handle_cancel(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
+        arguments = parse_body(await request.read_all(MAX_BODY), CANCEL, "images")
+        # Look for all first, so that a wrong one changes nothing.
+        pulls = {image: self._pulls_of(image) for image in map(ImageName.parse, arguments["images"])}
+        for image, running in pulls.items():
+            for pull in running:
+                pull.message = f"{principal} cancelled it; pull it again to go on"
+                self._running[pull.request].cancel()
+            log.info("{principal} cancelled the pull of {image}", principal=str(principal), image=str(image))
+        request.respond(200, JSON_FIELDS, json.dumps({"cancelled": list(map(str, pulls))}).encode())
+
+    def _pulls_of(self, image: ImageName) -> list[ImagePull]:
+        """Return the pulls of `image` that run or wait. Raise `NameUnknown` if there are none."""
+        pulls = [pull for request, pull in self._active.items() if request.image == image]
+        if not pulls:
+            raise NameUnknown(f"{image} is not being pulled")
+        return pulls
 
     async def _handle_budget(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())

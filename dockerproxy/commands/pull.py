@@ -12,6 +12,7 @@ from typing import Any
 from dockerproxy.control_client import (
     DISCONNECTED,
     FAILED,
+    INTERRUPTED,
     PROBLEMS,
     USAGE,
     CommandError,
@@ -30,12 +31,26 @@ from dockerproxy.terminal import (
 )
 
 _MAX_IMAGES = 500  # of one command, because the daemon takes requests of 64 KiB
+_DRY = "would be pulled"
+_GOES_ON = "interrupted, and the daemon goes on; `dockerproxy pull --cancel IMAGE` ends the pull of an image"
 _BAR_NAME = 48  # characters of an image's name beside its bar
 
 
 def pull(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
-    """Have images pulled into the cache."""
+    """Have images pulled into the cache, or no longer."""
+    if options.cancel:
+        return _cancel(client, options, terminal)
     return _pull(client, options, terminal, is_pin=options.pin)
+
+
+def _cancel(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
+    result = client.call("POST", "/v1/pulls/cancel", {"images": _named_images(options)[0]})
+    if terminal.as_json:
+        print_line(json.dumps(result))
+        return 0
+    for image in result["cancelled"]:
+        print_line(f"{image} is no longer pulled")
+    return 0
 
 
 def pin(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
@@ -44,13 +59,7 @@ def pin(client: ControlClient, options: argparse.Namespace, terminal: Terminal) 
 
 
 def _pull(client: ControlClient, options: argparse.Namespace, terminal: Terminal, *, is_pin: bool) -> int:
-    images, problems = _images(options)
-    for problem in problems:
-        print_line(f"dockerproxy: {problem}", file=sys.stderr)
-    if not images:
-        raise CommandError(USAGE, "no image is named; give names, or a file with --from-file")
-    if len(images) > _MAX_IMAGES:
-        raise CommandError(USAGE, f"{len(images)} images are too many for one command, which takes {_MAX_IMAGES}")
+    images, problems = _named_images(options)
     body: dict[str, Any] = {"images": images, "pin": is_pin}
     if options.platform:
         body["platforms"] = options.platform
@@ -62,10 +71,22 @@ def _pull(client: ControlClient, options: argparse.Namespace, terminal: Terminal
     return PROBLEMS if problems else status
 
 
+def _named_images(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return what `_images` does, at least one and not too many. Print what is wrong with the file."""
+    images, problems = _images(options)
+    for problem in problems:
+        print_line(f"dockerproxy: {problem}", file=sys.stderr)
+    if not images:
+        raise CommandError(USAGE, "no image is named; give names, or a file with --from-file")
+    if len(images) > _MAX_IMAGES:
+        raise CommandError(USAGE, f"{len(images)} images are too many for one command, which takes {_MAX_IMAGES}")
+    return images, problems
+
+
 def _is_without_end(options: argparse.Namespace) -> str:
     """Return what the summary calls images that are not here yet, because the command does not wait."""
     if getattr(options, "dry_run", False):
-        return "would be pulled"
+        return _DRY
     return "are being pulled" if getattr(options, "detach", False) else ""
 
 
@@ -118,10 +139,12 @@ def _follow(events: Iterator[Event], terminal: Terminal, without_end: str = "") 
     if terminal.as_json:
         return _pass_on(events)
     display = _Bars() if sys.stdout.isatty() and not without_end else _Lines()
+    goes_on = False
     try:
         for event in events:
             match event.pop("event"):
                 case "plan":
+                    goes_on = without_end != _DRY
                     for line in _format_plan(event):
                         display.say(line)
                 case "image":
@@ -133,6 +156,10 @@ def _follow(events: Iterator[Event], terminal: Terminal, without_end: str = "") 
                     return _finish(event, without_end)
                 case "error":
                     raise CommandError(FAILED, event["message"])
+    except KeyboardInterrupt:
+        if goes_on:
+            raise CommandError(INTERRUPTED, _GOES_ON) from None
+        raise
     finally:
         display.close()
     raise CommandError(FAILED, DISCONNECTED)

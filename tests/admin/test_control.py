@@ -94,7 +94,7 @@ def client(
         put_image(HostedTree.from_layout(cache), f"quay.io/{number}", BOTH, "v1")
     disk, records = registry_disk or LocalDisk(clock), Records(tmp_path / "records")
     space: Any = SpaceStub()
-    deleter = Deleter(clock, disk, tree, space, records, AuditLog(recorded.append))
+    deleter = Deleter(clock, disk, tree, space, records, AuditLog(recorded.append), lambda key, name: False)
     running: Any = operations
     control = Control(
         clock,

@@ -199,6 +199,35 @@ def test_the_daemon_goes_on_if_the_command_ends(upstreams: Upstreams, start_daem
     assert sorted(fetched_blobs(upstreams, "pulled/detached")) == sorted(digests(image))
 
 
+def test_a_pull_is_cancelled(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    image = images.build_small_image("cancelled", size=MIB, layers=1)
+    upstreams.fake.put("pulled/cancelled", "v1", image)
+    gate = threading.Event()
+    upstreams.fake.add_rule("GET", f"/v2/pulled/cancelled/blobs/{image.layers[0].digest}", pause_after(1000, gate))
+    name = "fake.test/pulled/cancelled:v1"
+    result = run(daemon, "pull", "--cancel", name)
+    assert result.status == 4 and f"{name} is not being pulled" in result.errors
+    process = start_command(daemon, "pull", name)
+    wait_until(lambda: len(fetched_blobs(upstreams, "pulled/cancelled")) == 2, "the layer is being downloaded")
+    # Another command waits for the same pull. An interrupted command says how to end what it leaves behind.
+    other = start_command(daemon, "pull", name)
+    other_output = other.stdout
+    assert other_output is not None and "1 image" in other_output.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the daemon goes on; `dockerproxy pull --cancel IMAGE` ends the pull of an image" in errors
+    result = run(daemon, "pull", "--cancel", name, "fake.test/pulled/other:v1")
+    assert result.status == 4 and "fake.test/pulled/other:v1 is not being pulled" in result.errors
+    assert run_well(daemon, "pull", "--cancel", name) == f"{name} is no longer pulled\n"
+    output, _ = other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert f"{name}: failed: root at the control socket cancelled it; pull it again to go on" in output
+    gate.set()
+    assert "1 of 1 image here" in run_well(daemon, "pull", name)
+
+
 class Budget:
     """A registry that counts GETs of manifests as Docker Hub does. `turn` begins another window."""
 
@@ -332,6 +361,35 @@ def upstream_gone(upstreams: Upstreams) -> Iterator[None]:
         upstreams.fake.add_rule(method, "/v2/", respond_status(503))
     yield
     upstreams.fake.reset_rules()
+
+
+def test_pinned_images_are_removed_by_force_only(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    image = images.build_small_image("kept", size=1000)
+    for tag in ("v1", "v2"):
+        upstreams.fake.put("pinned/kept", tag, image if tag == "v1" else images.build_small_image("loose", size=1000))
+    run_well(daemon, "pin", "fake.test/pinned/kept:v1")
+    run_well(daemon, "pull", "fake.test/pinned/kept:v2")
+    repository = "fake.test/pinned/kept"
+    for name in (
+        f"{repository}:v1",
+        repository,
+        f"{repository}@{image.digest}",
+        f"{repository}@{image.blobs[0].digest}",
+    ):
+        result = run(daemon, "rm", f"{repository}:v2", name)
+        assert result.status == 7, name
+        sentence = "has pinned images; unpin them first" if name == repository else "is pinned; unpin it first"
+        assert f"{name} {sentence}, or use --force (nothing was removed)" in result.errors
+        assert run(daemon, "pins", "--missing").status == 0
+    assert "v2" in run_well(daemon, "ls", repository)
+    run_well(daemon, "rm", f"{repository}:v2")
+    run_well(daemon, "rm", "--force", f"{repository}:v1")
+    assert run(daemon, "pins", "--missing").status == 1
+    run_well(daemon, "pins", "--refresh")
+    assert run(daemon, "pins", "--missing").status == 0
+    run_well(daemon, "unpin", f"{repository}:v1")
+    run_well(daemon, "rm", f"{repository}:v1")
 
 
 def test_pins_that_are_too_large_are_refused(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -653,7 +711,7 @@ def test_an_outage_leaves_a_pin_as_it_is(upstreams: Upstreams, start_daemon: Sta
     assert "what is cached stays, because fake.test answered 503" in row["error"]
     # An image that `rm` has removed comes back with the next refresh, although it is not time for one.
     run_well(daemon, "pins", "--refresh", "--all")
-    run_well(daemon, "rm", "fake.test/pinned/outage")
+    run_well(daemon, "rm", "--force", "fake.test/pinned/outage")
     assert run(daemon, "pins", "--missing").status == 1
     run_well(daemon, "pins", "--refresh")
     assert run(daemon, "pins", "--missing").status == 0

@@ -119,6 +119,11 @@ def test_the_page_shows_private_images_to_administrators_only(
         assert administrator.post("/actions/remove", {**form, **changes}, origin).status == 403
     assert anonymous.post("/actions/remove", form).status == 403
     assert administrator.get("/actions/remove?" + urlencode(form)).status == 404
+    assert administrator.post("/actions/pin", form).status == 303
+    refused = administrator.post("/actions/remove", form)
+    assert refused.status == 403
+    assert f"{names[1]}:1 is pinned; unpin it first. Nothing was removed.".encode() in refused.body
+    assert administrator.post("/actions/unpin", form).status == 303
     assert audited(daemon, "remove") == []
     codes = [administrator.post("/actions/remove", form).headers["location"] for _ in range(2)]
     assert [code.partition("done=")[2] for code in codes] == ["removed", "gone"]
@@ -135,7 +140,7 @@ def test_the_page_shows_private_images_to_administrators_only(
         response = administrator.post(f"/actions/{action}", pin)
         assert response.status == 303, response.body
         assert response.headers["location"].endswith(f"done={done}")
-    assert [entry["user"] for entry in audited(daemon, "pin")] == ["alice"]
+    assert [entry["user"] for entry in audited(daemon, "pin")] == ["alice", "alice"]
 
     htpasswd.write_text(htpasswd.read_text().replace("alice:", "other:"))
     wait_until(lambda: b">alice<" not in administrator.get("/").body, "the session ends with the user")
