@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,6 +159,19 @@ def test_removals_are_recorded(client: Any, recorded: list[Mapping[str, Any]]) -
         ("alice", "the control socket", "remove", "one:v1 (hosted)"),
         ("alice", "the control socket", "remove", "quay.io/1 (cached)"),
     ]
+
+
+def test_a_removal_that_fails_is_recorded(
+    client: Any, recorded: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def purge(self: SpaceStub, digests: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(SpaceStub, "purge", purge)
+    response = client.fetch("POST", "/v1/remove", body=json.dumps({"names": ["quay.io/1"]}).encode())
+    assert response.status == 500
+    (entry,) = recorded
+    assert entry["action"] == "remove" and entry["result"].startswith("failed: ")
 
 
 @pytest.mark.parametrize("registry_disk", [HangingDisk()], indirect=True)

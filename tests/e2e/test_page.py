@@ -140,7 +140,8 @@ def test_the_page_shows_private_images_to_administrators_only(
         response = administrator.post(f"/actions/{action}", pin)
         assert response.status == 303, response.body
         assert response.headers["location"].endswith(f"done={done}")
-    assert [entry["user"] for entry in audited(daemon, "pin")] == ["alice", "alice"]
+    for action, times in (("pin", 2), ("unpin", 2), ("refresh", 1)):
+        assert [entry["user"] for entry in audited(daemon, action)] == ["alice"] * times, action
 
     htpasswd.write_text(htpasswd.read_text().replace("alice:", "other:"))
     wait_until(lambda: b">alice<" not in administrator.get("/").body, "the session ends with the user")
