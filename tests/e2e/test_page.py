@@ -127,6 +127,7 @@ def test_the_page_shows_private_images_to_administrators_only(
     assert audited(daemon, "remove") == []
     codes = [administrator.post("/actions/remove", form).headers["location"] for _ in range(2)]
     assert [code.partition("done=")[2] for code in codes] == ["removed", "gone"]
+    wait_until(lambda: bool(audited(daemon, "remove")), "the removal is in the audit log")
     (entry,) = audited(daemon, "remove")
     assert (entry["user"], entry["from"]) == ("alice", "127.0.0.1")
     for _ in range(2):
@@ -140,6 +141,8 @@ def test_the_page_shows_private_images_to_administrators_only(
         response = administrator.post(f"/actions/{action}", pin)
         assert response.status == 303, response.body
         assert response.headers["location"].endswith(f"done={done}")
+    # The log is written in the background, in the order of the actions, and `refresh` was the last one.
+    wait_until(lambda: bool(audited(daemon, "refresh")), "the last action is in the audit log")
     for action, times in (("pin", 2), ("unpin", 2), ("refresh", 1)):
         assert [entry["user"] for entry in audited(daemon, action)] == ["alice"] * times, action
 
