@@ -115,7 +115,7 @@ def compose_fleet(
         check_list(listed, identity)
     relays = Relays(fan_out, reactor.seconds)
     waits = Waits(reactor, records)
-    client = MemberClient(members, transport, waits, meter)
+    client = MemberClient(reactor, members, transport, waits, meter)
     return Fleet(members, waits, relays, transport, directory, meter, timeout, client)
 
 

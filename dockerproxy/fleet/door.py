@@ -111,6 +111,10 @@ class MemberRegistry(CachedRegistry):
     def _may_hold_public_token(self) -> bool:
         return False  # the member that asks has tried that
 
+    def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
+        """Return `error`. The member that asks has to learn of the outage, and then serves what it has."""
+        return error
+
     async def _try(self, credential: Credential, attempt: Callable[[Credential], Awaitable[Any]]) -> Any:
         return await attempt(credential)  # the member that asks has other logins, too
 
@@ -159,7 +163,7 @@ class FleetDoor:
         """Return the hop if the sender is a member, else None."""
         value = request.headers.joined(_FIELD)
         hop = None if value is None or request.method not in ("GET", "HEAD") else parse_hop(value)
-        if hop is None or hop.sender not in self.members.names or not _is_from(request.client, hop.sender):
+        if hop is None or hop.sender not in self.members.names or not _is_from(request.peer, hop.sender):
             return None
         return hop
 
@@ -226,10 +230,13 @@ def _mark(request: Request, word: str) -> None:
     request.security_fields = f"{SECURITY_FIELDS}{ANSWER_FIELD}: {word}\r\n"
 
 
-def _is_from(client: str, member: str) -> bool:
-    """Return whether `client`, an address, is that of `member`."""
+def _is_from(peer: str, member: str) -> bool:
+    """Return whether `peer`, an address, is that of `member`.
+
+    Members connect directly: an address that a reverse proxy names does not count.
+    """
     try:
-        address = ip_address(client)
+        address = ip_address(peer)
     except ValueError:  # a Unix socket
         return False
     return str(getattr(address, "ipv4_mapped", None) or address) == Host.parse(member).name

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from attrs import field, frozen
+from twisted.internet.defer import Deferred, TimeoutError
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
@@ -35,6 +36,8 @@ _NO_HEADERS = Headers()
 _PASSED_FIELDS = frozenset({"accept", "range"})
 _MAX_TRIES = 3  # members that may fail, each after some seconds, before upstream itself is asked
 _SHORT = 64 * 1024  # bytes; a shorter response is read as a whole, so that another member can take over
+_MAX_ANSWER_TIME = 150.0
+"""Seconds until a member has begun a blob, or sent a manifest; an honest one reports progress for less time."""
 _DISTRUST = 600.0  # seconds for which a member that sent wrong content is left alone
 _UNUSABLE = frozenset({301, 302, 303, 307, 308, 429, 500, 503, 507, 508})
 _MAX_RELAYS = 3  # that may fail before the next member is asked
@@ -126,9 +129,12 @@ class MemberFailed(Exception):
 
 
 class MemberClient:
-    """Asks single members."""
+    """Asks single members. `clock` is the reactor."""
 
-    def __init__(self, members: Members, transport: MemberTransport, waits: Waits, meter: PeerMeter) -> None:
+    def __init__(
+        self, clock: Any, members: Members, transport: MemberTransport, waits: Waits, meter: PeerMeter
+    ) -> None:
+        self._clock = clock
         self._members = members
         self._transport = transport
         self._waits = waits
@@ -178,16 +184,12 @@ class MemberClient:
         is_wait = kind is not HopKind.FORMER
         end_wait = self._waits.begin(question.wait_key, member) if is_wait else _end_nothing
         try:
-            hop = Hop(self._members.me, question.login, kind)
-            try:
-                response = await self._transport.ask(member, question, hop)
-            except UpstreamError as error:
-                raise MemberFailed(error.message) from None
-            try:
-                answer = await self._checked(member, question, response)
-            except BaseException:
-                response.abort()
-                raise
+            work = Deferred.fromCoroutine(self._get_answer(member, question, kind))
+            work.addTimeout(_MAX_ANSWER_TIME, self._clock)
+            answer = await work
+        except TimeoutError:
+            end_wait()
+            raise MemberFailed(f"it has not answered within {_MAX_ANSWER_TIME:g} s, however slowly it sends") from None
         except BaseException:
             end_wait()
             raise
@@ -198,6 +200,18 @@ class MemberClient:
             return answer
         on_end = partial(self._note_end, question.wait_key, end_wait)
         return MemberResponse(answer, MemberSender(member, self._members), self._meter, on_end)
+
+    async def _get_answer(self, member: str, question: Question, kind: HopKind) -> UpstreamResponse:
+        """Return the answer of `member`; see `_ask`."""
+        try:
+            response = await self._transport.ask(member, question, Hop(self._members.me, question.login, kind))
+        except UpstreamError as error:
+            raise MemberFailed(error.message) from None
+        try:
+            return await self._checked(member, question, response)
+        except BaseException:
+            response.abort()
+            raise
 
     async def _checked(self, member: str, question: Question, response: UpstreamResponse) -> UpstreamResponse:
         """Return a response that is upstream's word, read as a whole if it is short."""

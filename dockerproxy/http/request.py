@@ -156,6 +156,11 @@ class Request:
         return self.status != 0
 
     @property
+    def peer(self) -> str:
+        """The address that the connection is from. `client` may be another one, if a reverse proxy names it."""
+        return self._channel.client
+
+    @property
     def peer_uid(self) -> int | None:
         """The ID of the local user that connected to our Unix socket; None for TCP."""
         return self._channel.peer_uid

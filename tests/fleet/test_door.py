@@ -282,3 +282,21 @@ def test_a_former_owner_sends_only_whole_blobs(harness: DoorHarness) -> None:
     work = harness.opened[0].blob(parse_repository("a/b"), DIGEST, head=False)
     with pytest.raises(NotCached):
         work.send(None)
+
+
+def test_an_address_that_a_reverse_proxy_names_is_no_members(harness: DoorHarness) -> None:
+    """Members connect directly. TRUSTED_PROXIES may be a network in which strangers are, too."""
+
+    def handle(request: Request) -> Awaitable[None]:
+        request.client = "10.0.0.2"  # as `DirectRequestHandler` does
+        return harness.door.handle_mirror(request, None)
+
+    client = HTTPTestClient(handle, clock=harness.clock, client="10.9.9.9")
+    assert client.fetch("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))]).body == b"as a client"
+
+
+def test_a_member_learns_of_an_outage(harness: DoorHarness) -> None:
+    """It serves what it has. A request for a login would be taken for upstream's refusal."""
+    harness.fetch(Hop(MEMBER))
+    outage = UpstreamFailing("it answered 503")
+    assert harness.opened[0].request_login(outage, parse_repository("a/b")) is outage

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.fleet.hop import Hop, HopKind, HopLogin, parse_hop
+from dockerproxy.fleet.hop import CDN_ID, Hop, HopKind, HopLogin, parse_hop
 
 hops = st.builds(
     Hop,
@@ -52,3 +52,35 @@ def test_anything_else_is_not_a_member(value: str) -> None:
 def test_any_text_is_read_without_an_error(value: str) -> None:
     parse_hop(value)
     parse_hop(f"docker-registry-proxy{value}")
+
+
+@pytest.mark.parametrize(
+    "sender",
+    [
+        "10.0.0.1:3128\r\nX-Evil: 1",
+        "10.0.0.1 3128",
+        '10.0.0.1"',
+        "10.0.0.1;login=client",
+        "10.0.0.1%0d%0a",
+        "\x00",
+        "é",
+    ],
+    ids=["lines", "space", "quote", "parameter", "encoded", "nul", "letter"],
+)
+def test_a_sender_is_an_address_and_nothing_else(sender: str) -> None:
+    assert parse_hop(str(Hop(sender))) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"{CDN_ID};from=a;login=none;as=owner" + ";a=b" * 100_000,
+        f"{CDN_ID}" + " \t" * 100_000 + ";from=a",
+        f"{CDN_ID};" * 100_000,
+        "," * 1_000_000,
+        f'{CDN_ID};from="{"a" * 1_000_000}";login=none;as=owner',
+    ],
+    ids=["parameters", "spaces", "twice", "commas", "sender"],
+)
+def test_huge_fields_are_none(value: str) -> None:
+    assert parse_hop(value) is None

@@ -75,7 +75,7 @@ class Node:
         self.members = Members(clock.seconds)
         self.members.use(names, name)
         self.waits, self.relays = Waits(clock, None), Relays(FAN_OUT, clock.seconds)
-        client = MemberClient(self.members, network, self.waits, network)
+        client = MemberClient(clock, self.members, network, self.waits, network)
         self.client = FleetUpstream(network, self.members, client)
 
     async def load(self) -> None:

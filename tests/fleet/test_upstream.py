@@ -44,7 +44,7 @@ class Fleet:
         self.bytes: dict[str, int] = {"received": 0, "sent": 0}
         self.members = Members(self.reactor.seconds)
         self.waits = Waits(self.reactor, None)
-        member_client = MemberClient(self.members, self, self.waits, self)
+        member_client = MemberClient(self.reactor, self.members, self, self.waits, self)
         self.owner_client = OwnerUpstream(self.upstream, self.members, member_client)
         self.client: ContentClient = FleetUpstream(self.upstream, self.members, member_client)
 
@@ -412,3 +412,28 @@ def test_upstream_is_asked_if_members_wait_for_each_other(fleet: Fleet) -> None:
     _, work = download(fleet, digest)
     assert fleet.run(work, 20) == LONG
     assert len(fleet.upstream.requests) == 1 and len(fleet.asked) == 2
+
+
+def test_a_member_that_never_answers_is_left(fleet: Fleet) -> None:
+    """It sends a byte of the head, or an interim response, just often enough for the time-outs."""
+    digest, (owner, second, _) = fleet.blob()
+    fleet.answers |= {owner: lambda question: Deferred(), second: word(LONG)}
+    assert read(fleet, fleet.run(fleet.get(blob_path(digest)), 200)) == LONG
+    assert fleet.members.states()[owner].startswith("it has not answered within 150 s")
+    assert fleet.waits.member(f"{REGISTRY.host} {digest}") is None
+
+
+def test_a_manifest_that_comes_too_slowly_comes_from_the_next(fleet: Fleet) -> None:
+    manifest = b'{"schemaVersion": 2}'
+    fleet.repository.put_manifest(manifest, "latest")
+    owner, second, _ = fleet.order(repository_key(REGISTRY.host, NAME))
+    slow: list[ScriptedResponse] = []
+
+    def drip(question: Question) -> ScriptedResponse:
+        response: ScriptedResponse = word(manifest, sent=1)(question)
+        slow.append(response)
+        return response
+
+    fleet.answers |= {owner: drip, second: word(manifest)}
+    assert read(fleet, fleet.run(fleet.get(f"/v2/{NAME}/manifests/latest"), 200)) == manifest
+    assert slow[0].aborted and fleet.members.is_down(owner)
