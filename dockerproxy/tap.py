@@ -735,6 +735,7 @@ def build_control_socket(
         bucket,
     )
     sources.status = control.status
+    sources.fleet = lambda: facts()["fleet"]
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 

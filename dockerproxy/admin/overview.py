@@ -29,7 +29,7 @@ from dockerproxy.cache.access import public_may_read
 from dockerproxy.cache.board import Board
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.daemon.history import ALL, RANGES, History, Numbers, Series, Summary
-from dockerproxy.daemon.metrics import OTHER, UPSTREAM_UP, Metrics
+from dockerproxy.daemon.metrics import OTHER, PEER_BYTES, UPSTREAM_UP, Metrics
 from dockerproxy.errors import BadRequest, NameUnknown, RegistryError
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.progress import Stopped
@@ -46,6 +46,8 @@ _RENEW_INTERVAL = 5.0  # seconds between two walks while somebody looks at the l
 _RENEW_PART = 20  # a walk takes at most one part in so many of the time
 _MAX_ANSWER = 160 * 1024  # bytes: a message to another process may have 192 KiB
 _MAX_REGISTRIES = 100  # rows of one answer
+_MAX_MEMBERS = 100  # those that are down first
+_MAX_REASON = 300  # characters
 
 _PUBLIC_LIMIT = frozenset({
     "registry", "limit", "window", "remaining", "seen", "refused_until", "refusals", "reserved", "last_hour", "gone_in",
@@ -98,12 +100,14 @@ async def _no_notices(viewer: Viewer) -> Sequence[Document]:
 class OverviewSources:
     """The contributions of other parts of the daemon. Each is set when that part is built.
 
-    `status` and `budget` are those of the command. `idle_age` returns the seconds for which what last left the cache to
-    make room had not been used. `notices` returns sentences about what is wrong: ``level``, ``registry`` and ``text``;
-    and `problems` one for each registry that does not work, by its label.
+    `status` and `budget` are those of the command. `fleet` returns the states of members; see `Members.states`.
+    `idle_age` returns the seconds for which what last left the cache to make room had not been used. `notices` returns
+    sentences about what is wrong: ``level``, ``registry`` and ``text``; and `problems` one for each registry that does
+    not work, by its label.
     """
 
     status: Callable[[], Awaitable[Document]] = _no_document
+    fleet: Callable[[], Mapping[str, str]] = dict
     budget: Callable[[], Awaitable[Document]] = _no_document
     idle_age: Callable[[], float | None] = lambda: None
     notices: Callable[[Viewer], Awaitable[Sequence[Document]]] = _no_notices
@@ -218,7 +222,25 @@ class LocalOverview:
         range_name = _range_of(arguments)
         limits = {limit["registry"]: limit for limit in (await self._budget(viewer, {})).get("limits", [])}
         rows = await in_thread(self._reactor, self._registry_rows, range_name, limits)
-        return {"range": range_name, "registries": rows}
+        return {"range": range_name, "registries": rows, "fleet": self._fleet(viewer)}
+
+    def _fleet(self, viewer: Viewer) -> Document | None:
+        """Return the members and their traffic, None without FLEET. Their addresses are for administrators."""
+        states = self.sources.fleet()
+        if not states:
+            return None
+        traffic = {sample.labels[0]: int(sample.value) for sample in self._metrics.samples(PEER_BYTES)}
+        down = sum(state not in ("me", "up") for state in states.values())
+        shown = (
+            sorted(states.items(), key=lambda item: item[1] in ("me", "up"))[:_MAX_MEMBERS] if viewer.is_admin else []
+        )
+        return {
+            "up": len(states) - down,
+            "down": down,
+            "received": traffic["received"],
+            "sent": traffic["sent"],
+            "members": [{"name": name, "state": state[:_MAX_REASON]} for name, state in shown],
+        }
 
     def _registry_rows(self, range_name: str, limits: Mapping[str, Document]) -> list[Document]:
         summaries, problems = self._history.summaries(range_name), self.sources.problems()

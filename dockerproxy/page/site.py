@@ -273,6 +273,7 @@ class BrowserPage:
             "range": range_name,
             "range_text": views.RANGE_TEXTS[range_name],
             "registries": views.registries(document["registries"], self._clock()),
+            "fleet": views.fleet(document["fleet"]),
         }
         await self._respond_page(request, "registries", visitor, context, query)
 

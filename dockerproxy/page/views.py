@@ -86,6 +86,22 @@ def registries(documents: Iterable[Document], now: float) -> list[dict[str, Any]
     return [registry(document, now) for document in documents]
 
 
+def fleet(document: Document | None) -> Document | None:
+    """Return the members of a `registries` document with a level for each, None without FLEET."""
+    if document is None:
+        return None
+    texts = {"me": "this member", "up": "up"}
+    members = [
+        {
+            "name": member["name"],
+            "level": "ok" if member["state"] in texts else "bad",
+            "text": texts.get(member["state"], "down: " + member["state"]),
+        }
+        for member in document["members"]
+    ]
+    return {**document, "members": members}
+
+
 def registry(document: Document, now: float) -> dict[str, Any]:
     """Return the row of a REGISTRY document."""
     is_hosted = document["kind"] == "hosted"

@@ -709,3 +709,29 @@ def test_a_hosted_store_that_hangs_takes_one_thread_and_the_cache_goes_on(world:
     put_image(world.hosted, "platform/more", NGINX, "v1")
     world.walk()
     assert "platform/more" in world.names()
+
+
+FLEET = {"10.0.0.1:3128": "me", "10.0.0.2:3128": "up", "10.0.0.3:3128": f"refused by 10.0.0.3 {'x' * 1000}"}
+
+
+def test_only_administrators_see_the_addresses_of_members(world: World) -> None:
+    assert world.get("registries", ANONYMOUS)["fleet"] is None
+    world.local.sources.fleet = lambda: FLEET
+    world.metrics.count_peer_bytes("received", 300)
+    world.metrics.count_peer_bytes("sent", 500)
+    numbers = {"up": 2, "down": 1, "received": 300, "sent": 500}
+    for viewer in (ANONYMOUS, USER):
+        document = world.get("registries", viewer)
+        assert document["fleet"] == {**numbers, "members": []}
+        assert "10.0.0" not in str(document)
+    shown = world.get("registries", ADMIN)["fleet"]["members"]
+    assert [member["name"] for member in shown] == ["10.0.0.3:3128", "10.0.0.1:3128", "10.0.0.2:3128"]
+    assert len(shown[0]["state"]) == 300
+
+
+def test_a_thousand_members_that_are_down_fit_into_an_answer(world: World) -> None:
+    world.local.sources.fleet = lambda: {
+        f"10.0.{number // 250}.{number % 250}:3128": "x" * 5000 for number in range(1000)
+    }
+    fleet = world.get("registries")["fleet"]
+    assert (fleet["up"], fleet["down"], len(fleet["members"])) == (0, 1000, 100)

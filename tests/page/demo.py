@@ -150,6 +150,13 @@ class DemoOverview:
 
     hostile: str = ""
     down: bool = True
+    members: dict[str, str] = field(factory=dict)
+
+    def fleet(self, viewer: Viewer) -> Document | None:
+        if not self.members:
+            return None
+        members = [{"name": name, "state": state} for name, state in self.members.items()] if viewer.is_admin else []
+        return {"up": 2, "down": 1, "received": int(3e9), "sent": int(5e9), "members": members}
 
     async def get(self, resource: str, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
         rows = [row for row in REGISTRIES if self.down or row[0] != "quay.io"]
@@ -174,7 +181,8 @@ class DemoOverview:
             case "traffic":
                 return traffic(range_name)
             case "registries":
-                return {"range": range_name, "registries": [registry(row, viewer) for row in rows]}
+                return {"range": range_name, "registries": [registry(row, viewer) for row in rows],
+                        "fleet": self.fleet(viewer)}  # fmt: skip
             case "registry":
                 found = [row for row in rows if row[0] == arguments["name"]]
                 if not found:

@@ -438,3 +438,16 @@ def test_an_unknown_image_is_a_404_with_a_page(browser: Browser) -> None:
     response = browser.get("/images/docker.io/library/none")
     assert response.status == NameUnknown.status
     assert "there is no image docker.io/library/none" in check_page(response.body)
+
+
+def test_members_of_the_fleet_are_on_the_page_of_registries(browser: Browser, demo: Demo) -> None:
+    assert 'id="fleet"' not in browser.get("/registries").body.decode()
+    hostile = "<script>alert(1)</script>"
+    demo.overview.members = {"10.0.0.1:3128": "me", "10.0.0.2:3128": "up", "10.0.0.3:3128": hostile}
+    page = browser.get("/registries").body.decode()
+    text = check_page(page.encode())
+    assert "1 down" in text and "other members: 3 GB. Sent to them: 5 GB." in text and "10.0.0" not in page
+    assert browser.sign_in().status == 303
+    page = browser.get("/registries").body.decode()
+    assert f"down: {hostile}" in check_page(page.encode()) and hostile not in page
+    assert all(address in page for address in demo.overview.members)
