@@ -28,6 +28,7 @@ _DEBIAN_PACKAGES = {
     "bindfs": "bindfs",
     "nginx": "nginx-light",
     "caddy": "caddy",
+    "iptables": "iptables",
 }
 
 
