@@ -294,7 +294,7 @@ def test_names_do_not_reach_the_terminal_as_they_are(
     (evil / "_layers").mkdir(parents=True)
     directory.data.unlink()
     os.rename(directory.root, f"{directory.root}\x1b[31m")
-    for arguments in (["import", f"{directory.root}\x1b[31m"], ["ls", "\x1b[31m"], ["rm", "x\u202e"]):
+    for arguments in (["import", f"{directory.root}\x1b[31m"], ["ls", "\x1b]0;owned\x07"], ["rm", "x\u202e"]):
         result = run_command(shared_daemon, *arguments)
         assert result.returncode != 0
         assert all(line.isprintable() for line in (result.stdout + result.stderr).splitlines())
