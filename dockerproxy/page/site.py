@@ -261,7 +261,9 @@ class BrowserPage:
         if child is not None:
             try:
                 content = await self._overview.get("manifest", viewer, {**of_image, "digest": child["digest"]})
-            except NameUnknown:
+            except RegistryError as error:  # `Overview` raises one class for all
+                if error.status != 404:
+                    raise
                 content = {**manifest, "layers": []}
         return views.ShownManifest(manifest, content, None if child is None else child["platform"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -82,13 +83,30 @@ def set_view(driver: Any, *, width: int, height: int = 900, scheme: str = "light
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
-def sign_in(driver: Any, url: str) -> None:
-    """Sign in as the administrator of `demo`, by the keyboard alone."""
+def requested(driver: Any) -> list[str]:
+    """Return the addresses that the browser has requested since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    return [params["request"]["url"] for params in sent]
+
+
+def requested_elsewhere(driver: Any, url: str) -> set[str]:
+    """Return the addresses, other than those of the server at `url`, that were requested since the last call."""
+    return {address for address in requested(driver) if not address.startswith((f"{url}/", "data:", "chrome"))}
+
+
+def console_errors(driver: Any) -> list[str]:
+    """Return the messages on the browser's console since the last call."""
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+def sign_in(driver: Any, url: str, password: str = "secret") -> None:
+    """Sign in as the administrator alice, by the keyboard alone. The default password is that of `demo`."""
     from selenium.webdriver.common.keys import Keys
 
     driver.get(f"{url}/login")
     driver.switch_to.active_element.send_keys("alice", Keys.TAB)  # the form has the focus
-    driver.switch_to.active_element.send_keys("secret", Keys.ENTER)
+    driver.switch_to.active_element.send_keys(password, Keys.ENTER)
     wait_for(driver, "Sign out")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,16 @@ from typing import Any
 import pytest
 
 from tests.e2e.harness.process import wait_until
-from tests.page.chromium import run_chromium, serve_demo, set_view, sign_in, wait_for, why_not
+from tests.page.chromium import (
+    console_errors,
+    requested_elsewhere,
+    run_chromium,
+    serve_demo,
+    set_view,
+    sign_in,
+    wait_for,
+    why_not,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -70,13 +78,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield driver
 
 
-def requested(driver: Any) -> list[str]:
-    """Return the addresses that the browser has requested since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in sent]
-
-
 @pytest.mark.parametrize("administrator", [False, True], ids=["anonymous", "administrator"])
 def test_every_page(driver: Any, url: str, administrator: bool) -> None:
     url = url.replace("127.0.0.1", "docker-registry.local")  # browsers trust addresses of loopback, also without TLS
@@ -84,8 +85,8 @@ def test_every_page(driver: Any, url: str, administrator: bool) -> None:
     driver.delete_all_cookies()
     if administrator:
         sign_in(driver, url)
-    driver.get_log("browser")
-    requested(driver)
+    console_errors(driver)
+    requested_elsewhere(driver, url)
     for path in PATHS:
         for scheme in ("light", "dark"):
             for width in (1280, 500):
@@ -96,9 +97,9 @@ def test_every_page(driver: Any, url: str, administrator: bool) -> None:
                 assert driver.execute_script("return document.documentElement.scrollWidth") <= width, where
                 assert driver.execute_script(CONTRAST) == [], where
         assert driver.execute_script(UNNAMED) == [], path
-        errors = [entry["message"] for entry in driver.get_log("browser")]
+        errors = console_errors(driver)
         assert [error for error in errors if not (path == "/nothing" and "404" in error)] == [], path
-    assert {address for address in requested(driver) if not address.startswith((url, "data:", "chrome"))} == set()
+    assert requested_elsewhere(driver, url) == set()
 
 
 def test_everything_without_scripts(tmp_path: Path, url: str) -> None:

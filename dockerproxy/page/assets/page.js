@@ -154,7 +154,7 @@ const live = () => {
     dot.classList.toggle("off", !works);
     dot.title = text;
   };
-  let source, polling;
+  let source, polling, again;
   const connect = () => {
     source = new EventSource("/api/v1/live");
     source.onmessage = (message) => {
@@ -162,7 +162,10 @@ const live = () => {
       show(true, "updated every second");
       const event = JSON.parse(message.data);
       apply(event);
-      if (!event.first && event.registries?.length) refresh(location.href, OVERVIEW);
+      if (event.first || !event.registries?.length) return;
+      refresh(location.href, OVERVIEW);
+      clearTimeout(again);
+      again = setTimeout(() => refresh(location.href, OVERVIEW), 3000); // the notices may have been two seconds old
     };
     source.onerror = () => {
       show(false, "not updated at the moment");
