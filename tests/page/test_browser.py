@@ -59,6 +59,59 @@ return [...document.querySelectorAll("a, button, input:not([type=hidden]), [role
 """
 
 
+# Controls in the order of the document: what a user can reach by Tab.
+CONTROLS = """
+window.controls = [...document.querySelectorAll("a[href], button, input:not([type=hidden]), summary, [tabindex='0']")]
+    .filter(e => e.checkVisibility({visibilityProperty: true}) && !e.disabled && !(e.closest("details:not([open])")
+            && e.tagName !== "SUMMARY"));
+document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute("tabindex");
+return window.controls.length;
+"""
+# Number of the control that has the focus, and what is wrong with how it is shown: by an outline (WCAG 2.4.7) with a
+# contrast of 3 (1.4.11) to what is behind it, in view and not below the header (2.4.11).
+FOCUSED = """
+const e = document.activeElement, style = getComputedStyle(e), wrong = [];
+const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+const rgba = color => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b; };
+if (style.outlineStyle === "none" || parseFloat(style.outlineWidth) < 2) wrong.push("no outline");
+let behind = e.parentElement;
+while (behind.parentElement && rgba(getComputedStyle(behind).backgroundColor)[3] < 255) behind = behind.parentElement;
+const [high, low] = [light(rgba(style.outlineColor)), light(rgba(getComputedStyle(behind).backgroundColor))]
+    .sort((a, b) => b - a);
+if ((high + .05) / (low + .05) < 3) wrong.push("a faint outline");
+const box = e.getBoundingClientRect(), header = document.querySelector("header");
+if (!box.width || !box.height || box.bottom < 0 || box.top > innerHeight || box.right < 0 || box.left > innerWidth)
+    wrong.push("out of view");
+if (!header.contains(e) && !e.classList.contains("skip") && box.bottom <= header.getBoundingClientRect().bottom)
+    wrong.push("below the header");
+return [window.controls.indexOf(e), wrong.map(text => `${text}: ${e.outerHTML.slice(0, 120)}`)];
+"""
+# The structure that screen readers announce.
+STRUCTURE = """
+const wrong = [], all = selector => [...document.querySelectorAll(selector)];
+const levels = all("h1, h2, h3, h4, h5, h6").map(e => +e.tagName[1]);
+if (levels.filter(level => level === 1).length !== 1 || levels[0] !== 1) wrong.push(`headings ${levels}`);
+levels.forEach((level, i) => { if (i && level > levels[i - 1] + 1) wrong.push(`headings ${levels}`); });
+for (const selector of ["main", "header", "footer", "nav[aria-label='Pages']", "html[lang]", "head title"])
+    if (all(selector).length !== 1) wrong.push(`${all(selector).length} times ${selector}`);
+for (const table of all("table")) {
+    const heads = [...table.querySelectorAll("thead th")];
+    if (!heads.length || heads.some(e => e.scope !== "col" || !e.textContent.trim())) wrong.push("a table's header");
+    for (const row of table.querySelectorAll("tbody tr")) if (row.cells.length !== heads.length) wrong.push("a row");
+}
+for (const e of all("svg, img, [role=img]"))
+    if (e.ariaHidden !== "true" && !e.ariaLabel && !e.alt) wrong.push(e.outerHTML.slice(0, 120));
+for (const e of all("svg:not([aria-hidden])")) if (!e.role && !e.getAttribute("role")) wrong.push("an svg has no role");
+const ids = all("[id]").map(e => e.id);
+ids.filter((id, i) => ids.indexOf(id) !== i).forEach(id => wrong.push(`two elements are #${id}`));
+for (const e of all("[tabindex]")) if (e.tabIndex > 0) wrong.push("a tabindex changes the order");
+return wrong;
+"""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _browser_needed() -> None:
     reason = why_not()
@@ -163,3 +216,83 @@ def test_hover_and_copy(driver: Any, url: str) -> None:
     button = driver.find_element("css selector", ".copy")
     button.click()
     wait_until(lambda: button.text == "Copied", "the command is copied")
+
+
+def press(driver: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+@pytest.mark.parametrize("administrator", [False, True], ids=["anonymous", "administrator"])
+def test_every_control_by_tab(driver: Any, url: str, administrator: bool) -> None:
+    """Tab goes through all controls in the order of the document, and each shows that it has the focus."""
+    from selenium.webdriver.common.keys import Keys
+
+    set_view(driver, width=1280)
+    driver.get(f"{url}/login")
+    driver.delete_all_cookies()
+    if administrator:
+        sign_in(driver, url)
+    for path in PATHS:
+        for scheme in ("light", "dark"):
+            set_view(driver, width=1280, scheme=scheme)
+            if scheme == "light":
+                driver.get(url + path)
+                assert driver.execute_script(STRUCTURE) == [], path
+            count, reached = driver.execute_script(CONTROLS), []
+            assert count > 8, path
+            for _ in range(count):
+                press(driver, Keys.TAB)
+                number, wrong = driver.execute_script(FOCUSED)
+                assert wrong == [], (path, scheme)
+                reached.append(number)
+            assert reached == list(range(count)), path
+
+
+def test_actions_by_the_keyboard(driver: Any, url: str) -> None:
+    """The skip link, a search, a disclosure, the forms of actions, and the end of the session."""
+    from selenium.webdriver.common.keys import Keys
+
+    def focus(selector: str) -> None:
+        """Press Tab until the first element that `selector` selects has the focus."""
+        driver.execute_script(CONTROLS)
+        for _ in range(100):
+            press(driver, Keys.TAB)
+            if driver.execute_script("return document.activeElement.matches(arguments[0])", selector):
+                return
+        raise AssertionError(f"no control is {selector}")
+
+    set_view(driver, width=1280)
+    driver.get(f"{url}/login")
+    driver.delete_all_cookies()
+    sign_in(driver, url)
+    driver.get(url)
+    focus(".skip")
+    press(driver, Keys.ENTER, Keys.TAB)
+    assert driver.execute_script("return document.querySelector('main').contains(document.activeElement)")
+    focus("main input[type=search]")
+    press(driver, "postgres", Keys.ENTER)
+    wait_for(driver, "1 repository")
+    focus("#image-list td a")
+    press(driver, Keys.ENTER)
+    wait_for(driver, "docker pull postgres")
+    focus("summary")
+    is_open = "return document.querySelector('details').open"
+    assert not driver.execute_script(is_open)
+    press(driver, Keys.ENTER)
+    assert driver.execute_script(is_open)
+    press(driver, Keys.SPACE)
+    assert not driver.execute_script(is_open)
+    focus("form[action$=refresh] button")
+    press(driver, Keys.SPACE)
+    wait_for(driver, "The registry is asked for it now.")
+    focus("a.danger")
+    press(driver, Keys.ENTER)
+    wait_for(driver, "Remove it")
+    focus("form[action$=remove] button")
+    press(driver, Keys.ENTER)
+    wait_for(driver, "It was removed.")
+    focus(".copy, form[action$=logout] button")
+    press(driver, Keys.ENTER)
+    wait_for(driver, "You have signed out.")
