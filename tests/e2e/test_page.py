@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import http.client
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
+from dockerproxy.admin.viewer import Viewer
+from dockerproxy.oci.names import Digest
+from dockerproxy.store.layout import Layout
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.fake_registry import pause_after
 from tests.e2e.harness.http_client import BufferedResponse, read_response
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, OCI_CONFIG, OCI_LAYER, TypedContent
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import USERS, write_htpasswd
-from tests.e2e.harness.upstreams import Upstreams
-from tests.e2e.test_overview import ask_control_socket, live_view, pull, pull_as_alice
+from tests.e2e.harness.upstreams import FAKE, Upstreams
+from tests.e2e.test_image_pulls import Budget
+from tests.e2e.test_overview import ask_control_socket, get, live_view, pull, pull_as_alice, registry_row
+from tests.page.demo import IMAGES, DemoOverview, first_event, health
 
 PAGES = ("/", "/?range=1h", "/images", "/registries", "/registries/docker.io", "/registries/fake.test", "/clients",
          "/doctor", "/login")  # fmt: skip
@@ -29,7 +42,7 @@ class Visitor:
     """A browser with a cookie. Each request is a connection of its own, which any process may get."""
 
     def __init__(self, daemon: TwistdDaemon) -> None:
-        self._port = daemon.port
+        self._daemon, self._port = daemon, daemon.port
         self.cookie = ""
 
     def get(self, path: str) -> BufferedResponse:
@@ -41,6 +54,11 @@ class Visitor:
         response = self._request("POST", path, urlencode(form), fields)
         self.cookie = response.headers.get("set-cookie", self.cookie).partition(";")[0]
         return response
+
+    def sign_in_by_link(self) -> None:
+        """Sign in as the administrator whom `dockerproxy page` lets in."""
+        link = new_link(self._daemon)
+        assert self.post("/login", {"link": link}).status == 303
 
     def form_token(self) -> str:
         match = re.search(rb'name="token" value="([0-9a-f]{64})"', self.get("/doctor").body)
@@ -57,6 +75,15 @@ class Visitor:
             return read_response(connection.getresponse())
         finally:
             connection.close()
+
+
+def new_link(daemon: TwistdDaemon) -> str:
+    """Return the token of a link that signs one browser in."""
+    socket = str(daemon.state_folder / "run" / "control.sock")
+    command = [sys.executable, "-m", "dockerproxy.cli", "page", "--json", "--socket", socket]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    token: str = json.loads(printed)["path"].partition("/login?link=")[2]
+    return token
 
 
 def audited(daemon: TwistdDaemon, action: str) -> list[dict[str, Any]]:
@@ -184,11 +211,8 @@ def test_what_is_live_ends_with_the_session(start_daemon: StartDaemon, tmp_path:
 
 def test_a_link_of_the_command_signs_in_once(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(WORKERS="2")
-    socket = str(daemon.state_folder / "run" / "control.sock")
-    command = [sys.executable, "-m", "dockerproxy.cli", "page", "--json", "--socket", socket]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    path = json.loads(printed)["path"]
-    token = path.partition("link=")[2]
+    token = new_link(daemon)
+    path = f"/login?link={token}"
     visitor, late = Visitor(daemon), Visitor(daemon)
     assert b"Sign in as administrator" in visitor.get(path).body
     assert visitor.post("/login", {"link": token}, origin="http://evil.example").status == 403
@@ -199,6 +223,182 @@ def test_a_link_of_the_command_signs_in_once(start_daemon: StartDaemon) -> None:
     assert b"Collect garbage" not in visitor.get("/doctor").body
     assert token not in daemon.output_text
     assert [entry["result"] for entry in audited(daemon, "sign-in")] == ["accepted", "refused"]
+
+
+def kind(value: object) -> str:
+    """Return the type of a JSON value. JavaScript has one for all numbers."""
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
+
+
+def differences(demo: Any, real: Any, where: str) -> list[str]:
+    """Return where two JSON values differ in keys and types. None may stand for any type."""
+    if demo is None or real is None:
+        return []
+    if kind(demo) != kind(real):
+        return [f"{where}: {kind(demo)} is {kind(real)}"]
+    if isinstance(demo, dict):
+        is_free = where.endswith(".annotations")
+        only = {} if is_free else {"the demo": demo.keys() - real.keys(), "the daemon": real.keys() - demo.keys()}
+        found = [f"{where}.{key}: of {whose} only" for whose, keys in only.items() for key in sorted(keys)]
+        for key in sorted(demo.keys() & real.keys()):
+            found += differences(demo[key], real[key], f"{where}.{key}")
+        return found
+    if isinstance(demo, list) and demo:
+        if not real:
+            return [f"{where}: nothing to compare with"]
+        return sorted({text for mine in demo for text in differences(mine, merged(real), f"{where}[]")})
+    return []
+
+
+def merged(values: list[Any]) -> Any:
+    """Return one value for a list of like ones: of JSON objects, one with a value of each key that any of them has."""
+    if not isinstance(values[0], dict):
+        return values[0]
+    result: dict[str, Any] = {}
+    for value in values:
+        result |= {key: part for key, part in value.items() if part not in (None, []) or key not in result}
+    return result
+
+
+def test_the_demo_has_the_schema_of_a_real_daemon(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """The pages that browser tests and pictures show have the keys and types of real documents, for each viewer."""
+    daemon, gate, name = start_daemon(), threading.Event(), "demo/index"
+    Budget(upstreams, "demo/", 100, 21600)
+    layer = TypedContent(OCI_LAYER, images.random_bytes(3 << 20, "demo"))
+    config = TypedContent(OCI_CONFIG, b'{"architecture":"amd64","os":"linux"}')
+    child = images.build_image_from_blobs(config, [layer])
+    upstreams.fake.put(name, "1", images.build_index({"amd64": child}))
+    upstreams.fake.add_rule("GET", layer.digest, pause_after(1 << 20, gate), times=1)
+    url = f"{FAKE}/v2/{name}"
+    digests = [child.digest, images.build_index({"amd64": child}).digest]
+    for reference in ("1", child.digest):
+        assert daemon.client.get(f"{url}/manifests/{reference}", Accept=ACCEPT_MANIFESTS).status == 200
+    assert daemon.client.get("https://closed.test/v2/a/b/manifests/1").status == 502
+    reader = threading.Thread(target=daemon.client.get, args=(f"{url}/blobs/{layer.digest}",))
+    reader.start()
+    try:
+        wait_until(lambda: ask_control_socket(daemon, "transfers")["transfers"], "the download is under way")
+        wait_until(lambda: ask_control_socket(daemon, "images")["images"], "the repository is listed", timeout=60)
+        wait_until(lambda: registry_row(daemon)["sparkline"], "the counters are sampled", timeout=60)
+        found = compare_with_demo(daemon, f"fake.test/{name}", digests)
+    finally:
+        gate.set()
+        reader.join()
+    assert not found, "\n".join(found)
+
+
+def compare_with_demo(daemon: TwistdDaemon, name: str, digests: list[str]) -> list[str]:
+    """Return where the demo's documents differ from those of `daemon`, which has an index and its image as `name`."""
+    demo, image, found = DemoOverview(), IMAGES[0][0], []
+    resources: list[tuple[str, dict[str, str], dict[str, str]]] = [
+        ("overview", {}, {}), ("traffic", {}, {}), ("registries", {}, {}), ("budget", {}, {}), ("images", {}, {}),
+        ("registry", {"name": "docker.io"}, {"name": "fake.test"}), ("image", {"name": image}, {"name": name}),
+    ]  # fmt: skip
+    for viewer, ask in ((Viewer.administrator(), ask_control_socket), (Viewer(reads_hosted=True), get)):
+        who = "administrator" if viewer.is_admin else "anonymous"
+        for resource, made_up, arguments in resources:
+            shown = asyncio.run(demo.get(resource, viewer, made_up))
+            real = ask(daemon, f"{resource}?{urlencode(arguments)}" if arguments else resource)
+            found += differences(shown, real, f"{who} {resource}")
+        shown = asyncio.run(demo.get("manifest", viewer, {"name": image, "digest": digests[0]}))
+        manifests = [ask(daemon, f"manifest?{urlencode({'name': name, 'digest': digest})}") for digest in digests]
+        found += differences(shown, merged(manifests), f"{who} manifest")
+    administrator = Viewer.administrator()
+    found += differences(asyncio.run(health(False, administrator)), ask_control_socket(daemon, "doctor"), "doctor")
+    with live_view(daemon) as view:
+        wait_until(lambda: any(event.get("cache") for event in view.events), "the events tell the size of the cache")
+        real = {**view.events[0], "cache": next(event["cache"] for event in view.events if event.get("cache"))}
+        found += differences(first_event(Viewer()), real, "live")
+    return found
+
+
+def shown_findings(page: BufferedResponse) -> list[tuple[str, str, str]]:
+    """Return the findings that a page of the health shows: level, sentence and advice."""
+    rows = re.findall(
+        r'<li class="(\w+)">.*?<strong>(.*?)</strong>(?:<p>(.*?)</p>)?</div></li>', page.body.decode(), re.DOTALL
+    )
+    return [(level, html.unescape(sentence), html.unescape(advice)) for level, sentence, advice in rows]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_health_page_equals_the_doctor(start_daemon: StartDaemon, workers: str) -> None:
+    """Those that the command prints, in their order; anonymous visitors get the public ones."""
+    daemon = start_daemon(WORKERS=workers)
+    administrator = Visitor(daemon)
+    administrator.sign_in_by_link()
+    argv = [sys.executable, "-m", "dockerproxy.cli", "--socket", str(daemon.state_folder / "run/control.sock")]
+    printed = subprocess.run([*argv, "doctor", "--json"], capture_output=True, text=True, check=False, timeout=60)
+    findings = json.loads(printed.stdout)["findings"]
+    assert {finding["level"] for finding in findings} >= {"bad", "ok"}
+    expected = [(finding["level"], finding["sentence"], finding["advice"]) for finding in findings]
+    assert shown_findings(administrator.get("/doctor")) == expected
+    public = [row for row, finding in zip(expected, findings, strict=True) if finding["public"]]
+    assert 0 < len(public) < len(expected)
+    assert shown_findings(Visitor(daemon).get("/doctor")) == public
+    problems = re.search(rb"problems: </span>(\d+)<", administrator.get("/").body)
+    assert problems is not None
+    assert int(problems[1]) == sum(level != "ok" for level, _, _ in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_page_while_garbage_is_collected(start_daemon: StartDaemon, workers: str) -> None:
+    daemon = start_daemon(WORKERS=workers)
+    daemon.stop()
+    layout, old = Layout(daemon.state_folder / "registry"), time.time() - 86400
+    for number in range(20_000):
+        path = Path(layout.blob(Digest.of(b"%d" % number)))
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"%d" % number)
+        os.utime(path, (old, old))
+    daemon.start()
+    administrator = Visitor(daemon)
+    administrator.sign_in_by_link()
+    response = administrator.post("/actions/gc", {"token": administrator.form_token()})
+    assert response.headers["location"] == "/doctor?done=collecting"
+    shown = []
+    while not audited(daemon, "gc"):
+        for path in ("/doctor", "/", "/images", "/registries"):
+            response = administrator.get(path)
+            assert response.status == 200, (path, response.body)
+            shown.append(b"<strong>gc</strong>" in response.body)
+    assert any(shown)
+    assert b"No operation is running." in administrator.get("/doctor").body
+    assert not Path(layout.blob(Digest.of(b"7"))).exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_page_during_reloads(start_daemon: StartDaemon, workers: str) -> None:
+    """Pages, sessions and live views go on."""
+    daemon = start_daemon(WORKERS=workers)
+    administrator, has_ended, statuses = Visitor(daemon), threading.Event(), set()
+    administrator.sign_in_by_link()
+    rounds = 0
+
+    def look() -> None:
+        nonlocal rounds
+        while not has_ended.is_set():
+            for path in ("/", "/doctor", "/images", "/registries"):
+                response = administrator.get(path)
+                statuses.add((response.status, b"Sign out" in response.body))
+            rounds += 1
+
+    with live_view(daemon) as view:
+        wait_until(lambda: view.events, "the first event")
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            for _ in range(5):
+                offset = daemon.log_offset()
+                daemon.send_signal(signal.SIGHUP)
+                wait_until(lambda offset=offset: "reloaded: " in daemon.output_text[offset:], "the reload")
+            before = rounds
+            wait_until(lambda: rounds > before + 1, "all pages were shown after the last reload")
+        finally:
+            has_ended.set()
+            thread.join()
+        assert not view.has_ended
+    assert statuses == {(200, True)}
 
 
 def test_page_off_is_as_before(start_daemon: StartDaemon) -> None:

@@ -76,7 +76,7 @@ FINDINGS = [
 ]  # fmt: skip
 
 
-def traffic(range_name: str, scale: float = 1.0) -> Document:
+def traffic(range_name: str, scale: float = 1.0, registry: str | None = None) -> Document:
     """Return a SERIES: quiet nights, a peak when images are built, busy days, and a large download."""
     step, bins = STEPS[range_name]
     start = NOW - step * bins
@@ -90,7 +90,8 @@ def traffic(range_name: str, scale: float = 1.0) -> Document:
         served.append(int((sent + fetched) * step))
         downloaded.append(int(fetched * step))
     return {
-        "range": range_name, "step": step, "start": start, "served": served, "downloaded": downloaded,
+        "range": range_name, "registry": registry, "step": step, "start": start,
+        "served": served, "downloaded": downloaded,
         "cache": [a - b for a, b in zip(served, downloaded, strict=True)],
         "requests": [40] * bins, "errors": [0] * bins,
     }  # fmt: skip
@@ -103,10 +104,14 @@ def sums(requests: int, served: float, downloaded: float, errors: int, ratio: fl
 
 
 def limit(viewer: Viewer) -> Document:
-    return {"registry": "docker.io", "login": None, "limit": 100, "window": 21600, "remaining": 34, "seen": NOW - 60,
-            "source": "203.0.113.7" if viewer.is_admin else None, "refused_until": None, "refusals": 2, "reserved": 20,
-            "last_hour": 52, "gone_in": 2400.0, "turns": NOW + 7200,
-            "top": [{"repository": "library/nginx", "pulls": 31}] if viewer.is_admin else []}  # fmt: skip
+    for_everybody = {
+        "registry": "docker.io", "limit": 100, "window": 21600, "remaining": 34, "seen": NOW - 60,
+        "refused_until": None, "refusals": 2, "reserved": 20, "last_hour": 52, "gone_in": 2400.0, "turns": NOW + 7200,
+    }  # fmt: skip
+    if not viewer.is_admin:
+        return for_everybody
+    top = [{"repository": "library/nginx", "pulls": 31}]
+    return {**for_everybody, "login": None, "source": "203.0.113.7", "since": NOW - 3600, "top": top}
 
 
 def registry(row: Any, viewer: Viewer) -> Document:
@@ -129,6 +134,16 @@ def transfer(row: Any, viewer: Viewer) -> Document:
         "name": name if shown else f"a private image of {host}", "digest": "sha256:" + "ab" * 32 if shown else None,
         "size": int(size * 1e6), "done": int(done * 1e6), "rate": rate * 1e6, "readers": readers, "started": NOW - 60,
         "private": private, "tag": tag if shown else None, "layer": layer, "layers": layers, "platform": platform,
+    }  # fmt: skip
+
+
+def first_event(viewer: Viewer) -> Document:
+    """Return the first live event."""
+    return {
+        "now": NOW, "first": True, "ended": [], "transfers": [transfer(row, viewer) for row in TRANSFERS],
+        "registries": [{"name": row[0], "up": row[1]} for row in REGISTRIES if row[1] is not None],
+        "traffic": {"served": int(96e6), "downloaded": int(79e6)},
+        "cache": {"bytes": int(212e9), "limit": int(256e9)},
     }  # fmt: skip
 
 
@@ -173,10 +188,11 @@ class DemoOverview:
                     "cache": {"bytes": int(212e9), "limit": int(256e9), "idle_age": 41 * DAY + 5},
                     "budget": [limit(viewer)],
                     "notices": [{"level": "bad", "registry": "quay.io", "text": "quay.io does not answer since 14:02. "
-                                 "What is cached keeps being served; 2 images could not be had."}] if self.down else [],
+                                 "What is cached keeps being served; 2 images could not be had.", "advice": ""}]
+                    if self.down else [],
                     "transfers": [transfer(row, viewer) for row in TRANSFERS],
                     "registries": [registry(row, viewer) for row in rows],
-                    "repositories": {"count": 1204, "bytes": int(251e9)},
+                    "repositories": {"count": 1204, "bytes": int(251e9), "complete": True},
                 }  # fmt: skip
             case "traffic":
                 return traffic(range_name)
@@ -187,9 +203,9 @@ class DemoOverview:
                 found = [row for row in rows if row[0] == arguments["name"]]
                 if not found:
                     raise NameUnknown(f"{arguments['name']} is not a registry that is served here")
-                return {"registry": registry(found[0], viewer), "series": traffic(range_name, 0.4)}
+                return {"registry": registry(found[0], viewer), "series": traffic(range_name, 0.4, found[0][0])}
             case "budget":
-                return {"limits": [limit(viewer)]}
+                return {"reserve": 0.2, "limits": [limit(viewer)]}
             case "images":
                 words = arguments.get("q", "").lower().split()
                 where = arguments.get("where", "")
@@ -202,7 +218,7 @@ class DemoOverview:
                         [{**images[0], "name": self.hostile[:200], "platforms": [self.hostile]}] if images else []
                     )
                 count = len(images) if words or where else 1204
-                return {"q": arguments.get("q", ""), "sort": arguments.get("sort", "used"),
+                return {"q": arguments.get("q", ""), "where": where, "sort": arguments.get("sort", "used"),
                         "order": arguments.get("order", "desc"), "page": 1, "pages": 1 if count < 50 else 25,
                         "count": count, "bytes": int(251e9), "complete": True, "images": images}  # fmt: skip
             case "image":
@@ -212,7 +228,7 @@ class DemoOverview:
                 shown = found_images[0] if found_images else {**images[0], "name": arguments["name"]}
                 tags = [("1.29", 74, 120, True, "65e7571b"), ("1.29-alpine", 21, 540, False, "0aea2811"),
                         ("latest", 74, 840, False, "65e7571b"), ("1.27", 72, 6 * DAY, False, "1d9268e4")]  # fmt: skip
-                return {"image": shown, "page": 1, "pages": 1, "tags": [
+                return {"image": shown, "page": 1, "pages": 1, "count": len(tags), "tags": [
                     {"tag": self.hostile[:100] or tag, "digest": "sha256:" + digest + "ad42" * 14, "present": True,
                      "media_type": self.hostile or "application/vnd.oci.image.index.v1+json",
                      "platforms": shown["platforms"], "size": int(size * 1e6), "last_used": NOW - seconds,
@@ -221,7 +237,8 @@ class DemoOverview:
             case "manifest":
                 sizes = [(29.1, True), (42.3, True), (2.2, True), (0.9, False)]
                 digest = "sha256:" + "12" * 32
-                return {"digest": arguments["digest"], "artifact_type": None, "platforms": [
+                return {"digest": arguments["digest"], "media_type": "application/vnd.oci.image.index.v1+json",
+                    "present": True, "artifact_type": None, "platforms": [
                     {"platform": f"linux/{name}", "digest": digest, "present": name in ("amd64", "arm64")}
                     for name in ("amd64", "arm64", "arm/v7", "s390x")],
                     "layers": [{"digest": digest, "size": int(size * 1e6), "present": present}
@@ -320,8 +337,7 @@ class Demo:
     async def _live(self, request: Request) -> None:
         viewer = await self.sign_in.viewer_of(request)
         request.start(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-store")], None)
-        first = {"now": NOW, "first": True, "ended": [], "transfers": [transfer(row, viewer) for row in TRANSFERS]}
-        self.send(request, first)
+        self.send(request, first_event(viewer))
         self.live_requests.append(request)
         await Deferred()  # until the viewer leaves
 
