@@ -261,7 +261,7 @@ def merged(values: list[Any]) -> Any:
 
 
 def test_the_demo_has_the_schema_of_a_real_daemon(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
-    """The pages that browser tests and pictures show have the keys and types of real documents, for each viewer."""
+    """An administrator's documents and the public ones have the keys and types of real ones."""
     daemon, gate, name = start_daemon(), threading.Event(), "demo/index"
     Budget(upstreams, "demo/", 100, 21600)
     layer = TypedContent(OCI_LAYER, images.random_bytes(3 << 20, "demo"))

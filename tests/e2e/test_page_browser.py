@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 
-# Notes each state of the table of downloads: how many rows it has, and how far and for how many clients the first is.
+# Notes each state of the table of downloads: how many rows it has, how far the first is, and how many clients read it.
 WATCH = """
 window.seen = [];
 const rows = document.querySelector("#transfer-rows");
