@@ -59,7 +59,7 @@ return [...document.querySelectorAll("a, button, input:not([type=hidden]), [role
 """
 
 
-# Controls in the order of the document: what a user can reach by Tab.
+# The controls that a user can reach by Tab, in the order of the document.
 CONTROLS = """
 window.controls = [...document.querySelectorAll("a[href], button, input:not([type=hidden]), summary, [tabindex='0']")]
     .filter(e => e.checkVisibility({visibilityProperty: true}) && !e.disabled && !(e.closest("details:not([open])")
@@ -67,8 +67,8 @@ window.controls = [...document.querySelectorAll("a[href], button, input:not([typ
 document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute("tabindex");
 return window.controls.length;
 """
-# Number of the control that has the focus, and what is wrong with how it is shown: by an outline (WCAG 2.4.7) with a
-# contrast of 3 (1.4.11) to what is behind it, in view and not below the header (2.4.11).
+# Number of the control that has the focus, and the faults of its looks: it has an outline (WCAG 2.4.7) with a contrast
+# of 3 (1.4.11) to its background, and is in view and not below the header (2.4.11).
 FOCUSED = """
 const e = document.activeElement, style = getComputedStyle(e), wrong = [];
 const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
