@@ -76,7 +76,7 @@ from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
 from dockerproxy.registry.principal import Principal
-from dockerproxy.registry.pull_gatherer import NEWS, PullGatherer, Row
+from dockerproxy.registry.pull_gatherer import PullGatherer, Row
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
@@ -136,7 +136,7 @@ class SharedServices:
     logins that are refused, `report_pull` of GETs of manifests, and `report_refusal` of the addresses of clients that
     refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
     not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
-    questions of the page and the API. `page_desk` has the page's sessions and does what administrators ask for.
+    questions of the page and the API. `page_desk` has the page's sessions and does the actions of administrators.
     `doctor_report` asks the doctor. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
     is true if the daemon has several processes.
     """
@@ -669,7 +669,7 @@ def build_fleet(
     connectors: Connectors,
     authority: CertificateAuthority,
 ) -> Fleet:
-    """Build what this daemon needs as a member of FLEET. Raise `SettingsError`."""
+    """Build the parts that make this daemon a member of FLEET. Raise `SettingsError`."""
     from dockerproxy.fleet.composition import FleetInvalid, compose_fleet
 
     try:
@@ -973,7 +973,7 @@ def count_and_log(metrics: Metrics, pulls: PullGatherer | None, request: Request
     metrics.count_request(
         request.registry, request.kind, request.cache_status, request.status, request.bytes_sent, request.latency
     )
-    if pulls is not None and (request.kind == "manifest" or request.cache_status in NEWS):
+    if pulls is not None:
         pulls.note(request)
     log_access(request, seconds)
 

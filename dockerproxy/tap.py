@@ -344,7 +344,7 @@ def build_workers(
     shared: SharedServices,
     twistd_options: Any,
 ) -> Workers:
-    """Build what starts the workers and hands connections to them. With WORKERS=1 there are no workers."""
+    """Build the parts that start the workers and hand connections to them. With WORKERS=1 there are no workers."""
 
     def close_idle(client: str) -> None:
         server.close_idle(client)
@@ -582,7 +582,7 @@ def build_overview(
     history: History,
     pull_counts: DailyPulls,
 ) -> LocalOverview:
-    """Build what answers the page, the API and the command."""
+    """Build the answers to the page, the API and the command."""
     stores = store_views(settings, state)
     records = state.open_records()
     summaries = Summaries(reactor, stores, server.registry_disk, records)
@@ -637,7 +637,7 @@ def sample_workers(metrics: Metrics, supervisor: WorkerSupervisor) -> None:
 
 
 class PinGauges(TimerService):
-    """Writes into the metrics what is pinned, each minute."""
+    """Writes the number and size of pins into the metrics, each minute."""
 
     def __init__(self, reactor: Any, metrics: Metrics, pulls: PullService) -> None:
         async def sample() -> None:
@@ -655,7 +655,7 @@ def build_explainer(
     tombstones: Tombstones,
     pull_history: PullHistory,
 ) -> Explainer:
-    """Build what answers `dockerproxy why`."""
+    """Build the answers to `dockerproxy why`."""
     records = state.open_records()
     stores = store_views(settings, state)
     return Explainer(
@@ -686,7 +686,7 @@ def hosted_root(settings: Settings, state: StateDirectory) -> str | None:
 def build_pulls(
     reactor: Any, settings: Settings, state: StateDirectory, server: ProxyServer, pins: Pins, counts: PullCounts
 ) -> PullService:
-    """Build what pulls and pins images for the administrator."""
+    """Build the service that pulls and pins images for the administrator."""
     budget = PullBudget(reactor, server.pull_through.manifests.rate_limits, counts, time.time, settings.rate_reserve)
     puller = ImagePuller(reactor, server.pull_through, state.cache, server.registries.mirrored, budget)
     return PullService(

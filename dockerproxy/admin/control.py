@@ -281,7 +281,7 @@ class Control:
         request.respond(200, JSON_FIELDS, json.dumps({"names": names}).encode())
 
     async def _in_thread(self, kind: str | None, function: Callable[..., T], *args: object) -> T:
-        """Return what `function` returns, which reads the store `kind`, or both.
+        """Return the result of `function`, which reads the store `kind`, or both.
 
         The cache alone does not wait for REGISTRY_DIR, which may be on a machine that does not answer.
         """

@@ -25,7 +25,7 @@ log = Logger()
 
 @frozen
 class ImageActions:
-    """Does what administrators ask for."""
+    """Does the actions of administrators."""
 
     _reactor: Any
     _resolver: ImageResolver
@@ -37,7 +37,7 @@ class ImageActions:
     _pulls: PullService
 
     async def act(self, principal: Principal, action: str, name: str, where: str) -> str:
-        """Do `action` with the image `name` of the store `where`. Return what was done; see `page.site`.
+        """Do `action` with the image `name` of the store `where`. Return the code of its result; see `page.site`.
 
         Raise `RegistryError`.
         """
@@ -88,7 +88,7 @@ class ImageActions:
         return "removed"
 
     async def _in_store(self, where: str, function: Callable[..., Any], *args: object) -> Any:
-        """Return what `function` returns. The cache does not wait for the disk of the hosted registry."""
+        """Return the result of `function`. The cache does not wait for the disk of the hosted registry."""
         if where == CACHED:
             return await in_thread(self._reactor, function, *args)
         return await self._registry_disk.run(function, *args)

@@ -385,7 +385,7 @@ class LocalOverview:
         return row
 
     async def _in_store(self, where: str, function: Callable[..., Any], argument: object) -> Any:
-        """Return what `function` returns, which reads a store. The cache does not wait for REGISTRY_DIR."""
+        """Return the result of `function`, which reads a store. The cache does not wait for REGISTRY_DIR."""
         if where == HOSTED and self._registry_disk.file_system is not None:
             return await self._registry_disk.read(function, argument)  # it ends if the file system does not answer
         return await in_thread(self._reactor, function, argument)

@@ -87,7 +87,7 @@ class PageDeskClient:
         return None if values is None else (Session(values[0], ""), values[1])
 
     async def act(self, principal: Principal, action: str, name: str, where: str) -> str:
-        """Do what an administrator asks for; see `ImageActions.act`."""
+        """Do an action of an administrator; see `ImageActions.act`."""
         who = principal.user, principal.address, principal.user_agent
         return str(await self._value("act", *who, action, name, where))
 

@@ -1,4 +1,4 @@
-"""Pulls of images for the administrator, and pinned images: what `dockerproxy pull`, `pin`, `unpin` and `pins` ask for.
+"""Pulls of images for the administrator, and pinned images: `dockerproxy pull`, `pin`, `unpin` and `pins`.
 
     POST /v1/pull          {"images", "platforms"?, "pin"?, "refresh"?, "dry_run"?, "detach"?, "referrers"?}  lines
     GET  /v1/pulls
@@ -8,7 +8,7 @@
     GET  /v1/pins
     POST /v1/pins/refresh  {"all"?}                                                                           lines
 
-The lines of a pull are ``{"event": "plan", …}`` with what it will cost, ``{"event": "image", …}`` whenever the state of
+The lines of a pull are ``{"event": "plan", …}`` with its cost, ``{"event": "image", …}`` whenever the state of
 an image changes, and the result. The daemon goes on if the command ends. A command that asks for the same image joins.
 """
 
@@ -193,7 +193,7 @@ class PullService(Service):
         return self._pins.is_pinned(key, name)
 
     def pins(self) -> list[dict[str, Any]]:
-        """Return the rows of all pins, without what is missing of them."""
+        """Return the rows of all pins, without their missing parts."""
         return [self._pin_row(pin, None) for pin in sorted(self._pins, key=lambda pin: str(pin.image))]
 
     def _pin_row(self, pin: Pin, missing: int | None) -> dict[str, Any]:
@@ -407,7 +407,7 @@ class PullService(Service):
         request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())
 
     async def budget(self, *, repositories: bool = True) -> dict[str, Any]:
-        """Return the limits of registries, and what has used them; with the names of `repositories`, or without."""
+        """Return the limits of registries, and their uses; with the names of `repositories`, or without."""
         limits = await in_thread(self._reactor, stored_limits, self._records)
         return {"reserve": self._budget.reserve / 100, "limits": self._budget.rows(limits, repositories=repositories)}
 
@@ -466,7 +466,7 @@ class PullService(Service):
     async def _pull(
         self, orders: Sequence[_Order], response: NDJSONResponse, *, dry_run: bool = False, detach: bool = False
     ) -> None:
-        """Report what the pulls cost, start them, and report their progress until they have ended."""
+        """Report the cost of the pulls, start them, and report their progress until they have ended."""
         for order in orders:
             if order.problem:
                 response.send("image", **_failed_row(order))

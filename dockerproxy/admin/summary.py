@@ -243,7 +243,7 @@ class Summaries:
         self._thread.stop()
 
     async def renew(self) -> None:
-        """Read what has changed. Do nothing for a store that is being read already."""
+        """Read the changes. Do nothing for a store that is being read already."""
         for reader in self._readers:
             kind = reader.store.kind
             if kind in self._running or (kind == HOSTED and self._is_in_hosted_store):

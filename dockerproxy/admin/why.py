@@ -1,4 +1,4 @@
-"""Why an image is served as it is: what would happen now, and what has happened to requests for it."""
+"""Why an image is served as it is: the result of a pull now, and the results of earlier requests for it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Explainer:
     clock: Callable[[], float] = time.time
 
     def explain(self, text: str, platform: str | None = None) -> Document:
-        """Return what would happen to a pull of the image `text` now, and what has happened. Blocks.
+        """Return the result that a pull of the image `text` would have now, and earlier results. Blocks.
 
         Raise `NotFound` if neither store and no served registry can have it, or `InvalidArgument`.
         """

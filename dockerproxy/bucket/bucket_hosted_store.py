@@ -277,7 +277,7 @@ class BucketHostedStore:
     async def _write_notes(
         self, repository: Repository, digest: Digest, media_type: str, referrer: Referrer | None
     ) -> None:
-        """Write what is beside the link to a manifest, which comes last."""
+        """Write the objects beside the link to a manifest, which comes last."""
         objects = {
             keys.media_type_key(repository, digest): media_type.encode(),
             keys.subject_key(repository, digest): b"-" if referrer is None else str(referrer.subject).encode(),

@@ -48,7 +48,7 @@ def layers_prefix(repository: str) -> str:
 
 
 def revisions_prefix(repository: str) -> str:
-    """Return the prefix of the links to a repository's manifests, and of what is beside them."""
+    """Return the prefix of the links to a repository's manifests, and of the objects beside them."""
     return f"{_key(_LAYOUT.revisions(repository))}/"
 
 

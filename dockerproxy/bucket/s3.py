@@ -123,7 +123,7 @@ class S3Bucket:
 
     async def size(self, key: str) -> int | None:
         """Return the size of an object in bytes, or None if there is none."""
-        response = await self._request("HEAD", key, accepted=(200, 404))
+        response = await self._retry(partial(self._send, "HEAD", key, accepted=(200, 404)))
         response.abort()
         return response.length if response.status == 200 else None
 
@@ -137,7 +137,7 @@ class S3Bucket:
         Its status is 200, 206, 404, or 416 if the object is shorter.
         """
         fields = [("Range", byte_range)] if byte_range is not None else []
-        return await self._request("GET", key, fields=fields, accepted=(200, 206, 404, 416))
+        return await self._retry(partial(self._send, "GET", key, fields=fields, accepted=(200, 206, 404, 416)))
 
     async def put(self, key: str, content: bytes) -> None:
         """Store `content`, in place of an object that is there."""
@@ -147,15 +147,14 @@ class S3Bucket:
         """Store the first `size` bytes of the open file `fd`, which match `digest`."""
         if size <= PART_SIZE:
             payload_hash = digest.hex if digest.algorithm == "sha256" else _UNSIGNED
-            response = await self._request(
-                "PUT", key, body=lambda: FileBody(self._reactor, fd, 0, size), payload_hash=payload_hash
-            )
+            body = partial(FileBody, self._reactor, fd, 0, size)
+            response = await self._retry(partial(self._send, "PUT", key, body=body, payload_hash=payload_hash))
             await response.discard()
         else:
             await self._put_parts(key, fd, size)
 
     async def create(self, key: str, content: bytes) -> bytes:
-        """Store `content` unless there is an object. Return what is there then: only one of several callers wins.
+        """Store `content` unless there is an object, and return the object's content: only one of several callers wins.
 
         It needs a store that knows ``If-None-Match: *``.
         """
@@ -170,7 +169,7 @@ class S3Bucket:
     async def delete(self, keys: Sequence[str]) -> None:
         """Delete the objects with `keys`, as far as there are any."""
         if len(keys) == 1:
-            response = await self._request("DELETE", keys[0], accepted=(200, 204, 404))
+            response = await self._retry(partial(self._send, "DELETE", keys[0], accepted=(200, 204, 404)))
             await response.discard()
             return
         for start in range(0, len(keys), _MAX_DELETED):
@@ -219,7 +218,8 @@ class S3Bucket:
             await self._complete(key, upload, tags, size)
         except BaseException:
             with suppress(RegistryError):  # else the store, or its rule for unfinished uploads, deletes the parts
-                response = await self._request("DELETE", key, [("uploadId", upload)], accepted=(200, 204, 404))
+                abort = partial(self._send, "DELETE", key, [("uploadId", upload)], accepted=(200, 204, 404))
+                response = await self._retry(abort)
                 await response.discard()
             raise
 
@@ -227,9 +227,8 @@ class S3Bucket:
         self, key: str, upload: str, number: int, fd: int, start: int, length: int, tags: list[str]
     ) -> None:
         query = [("partNumber", str(number + 1)), ("uploadId", upload)]
-        response = await self._request(
-            "PUT", key, query, body=lambda: FileBody(self._reactor, fd, start, length), payload_hash=_UNSIGNED
-        )
+        body = partial(FileBody, self._reactor, fd, start, length)
+        response = await self._retry(partial(self._send, "PUT", key, query, body=body, payload_hash=_UNSIGNED))
         await response.discard()
         tags[number] = response.headers.get("etag") or ""
 
@@ -251,13 +250,9 @@ class S3Bucket:
     async def _put(
         self, key: str, content: bytes, fields: Sequence[tuple[str, str]] = (), accepted: Sequence[int] = (200,)
     ) -> Response:
-        response = await self._request(
-            "PUT",
-            key,
-            fields=fields,
-            body=lambda: BytesBody(content),
-            payload_hash=hashlib.sha256(content).hexdigest(),
-            accepted=accepted,
+        body, payload_hash = partial(BytesBody, content), hashlib.sha256(content).hexdigest()
+        response = await self._retry(
+            partial(self._send, "PUT", key, fields=fields, body=body, payload_hash=payload_hash, accepted=accepted)
         )
         await response.discard()
         return response
@@ -333,18 +328,6 @@ class S3Bucket:
         if answer.error is not None:
             raise _Refused(StoreAnswer.parse(status, content), None)
         return answer
-
-    async def _request(
-        self,
-        method: str,
-        key: str,
-        query: Sequence[tuple[str, str]] = (),
-        fields: Sequence[tuple[str, str]] = (),
-        body: Callable[[], IBodyProducer] | None = None,
-        payload_hash: str = _NO_PAYLOAD,
-        accepted: Sequence[int] = (200,),
-    ) -> Response:
-        return await self._retry(partial(self._send, method, key, query, fields, body, payload_hash, accepted))
 
     async def _retry(self, function: Callable[[], Awaitable[T]]) -> T:
         """Return the result of `function`, which is called again after a failure that may pass."""

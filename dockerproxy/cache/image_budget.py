@@ -58,7 +58,7 @@ class PullBudget:
         return limit.remaining is not None or self._clock() < limit.refused_until
 
     def row(self, registry: Registry, identity: str) -> dict[str, Any]:
-        """Return what is left for pulls of `identity`, as a JSON value."""
+        """Return the rest of the limit for pulls of `identity`, as a JSON value."""
         limit = self._limits.get(registry, identity)
         return {
             "registry": registry_label(registry),
@@ -80,7 +80,7 @@ class PullBudget:
         return "" if wait is None else wait.sentence
 
     def rows(self, limits: Iterable[tuple[Registry, RateLimit]], *, repositories: bool) -> list[dict[str, Any]]:
-        """Return what is known of `limits`, as JSON values; with what used them if `repositories` may be named.
+        """Return what is known of `limits`, as JSON values; with their uses if `repositories` may be named.
 
         ``gone_in`` are the seconds that the rest lasts at the rate of the last hour, ``turns`` the time by which more
         pulls are allowed.

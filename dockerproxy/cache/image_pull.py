@@ -94,7 +94,7 @@ OnContents = Callable[[Mapping[Digest, int]], Awaitable[None]]
 
 @define(eq=False)
 class ImagePull:
-    """One pull, and what is known of it. `contents` has the sizes of what the image consists of."""
+    """One pull, and what is known of it. `contents` has the sizes of the image's parts."""
 
     request: PullRequest
     registry: Registry
@@ -185,7 +185,7 @@ class ImagePuller:
             pull.message = f"what is cached stays, because {manifest.because}"
 
     async def estimate(self, pull: ImagePull) -> Estimate:
-        """Return what a resolved pull will cost. Only what is in the cache is read."""
+        """Return the cost of a resolved pull. Only what is in the cache is read."""
         key, digest = repository_key(pull.request.image), pull.digest
         assert digest is not None  # it is resolved
         content = await in_thread(self._reactor, self._read_stored, key, digest)
@@ -212,7 +212,7 @@ class ImagePuller:
         return self._budget.is_limited(pull.registry, self._identity(pull))
 
     def budget_row(self, pull: ImagePull) -> dict[str, Any]:
-        """Return what is left at the registry of `pull`, as a JSON value."""
+        """Return the rest of the limit at the registry of `pull`, as a JSON value."""
         return self._budget.row(pull.registry, self._identity(pull))
 
     def _identity(self, pull: ImagePull) -> str:
@@ -308,7 +308,7 @@ class ImagePuller:
         return self._links.has_manifest(key, digest) and self._blobs.exists(digest)
 
     async def fetch_blobs(self, pull: ImagePull) -> None:
-        """Download what is missing of `contents`. Raise `RegistryError` for the first that fails."""
+        """Download the missing ones of `contents`. Raise `RegistryError` for the first that fails."""
         current_client.set("")
         pull.state = PullState.DOWNLOADING
         missing = [digest for digest in pull.contents if digest not in pull.present]

@@ -1,4 +1,4 @@
-"""How many pulls a registry has counted lately, and of which repositories: what has used its limit."""
+"""How many pulls a registry has counted lately, and of which repositories: the uses of its limit."""
 
 from __future__ import annotations
 

@@ -250,7 +250,12 @@ class CachedRegistry:
             await self._prepare()
         if self._may_hold_public_token():
             return await self._try_as_public(name, attempt)
-        return await self._try(self.credential, attempt)
+        credential = self.credential
+        try:  # as `_try` does; a hit pays for each coroutine
+            return await attempt(credential)
+        except RegistryError as error:
+            denial = error
+        return await self._try_others(credential, attempt, denial)
 
     def _may_hold_public_token(self) -> bool:
         """Return whether the client's token may be one of clients without a login, from a realm that it used itself."""

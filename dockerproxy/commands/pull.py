@@ -134,7 +134,7 @@ def _dotenv(name: str) -> dict[str, str]:
 
 
 def _follow(events: Iterator[Event], terminal: Terminal, without_end: str = "") -> int:
-    """Show what the daemon reports until it has finished. Return the exit status."""
+    """Show the daemon's reports until it has finished. Return the exit status."""
     display: _Lines | _Bars
     if terminal.as_json:
         return _pass_on(events)

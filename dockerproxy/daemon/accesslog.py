@@ -36,11 +36,9 @@ class AccessLog:
         why the request failed or was no hit. It is the last field of the line, and the only one with spaces. `user` and
         `user_agent` are not part of the line, so that its form stays.
         """
-        method, host, path = (
-            _escape_unprintable(method),
-            _escape_unprintable(host.rpartition("@")[2]),
-            _escape_unprintable(path.partition("?")[0]),
-        )
+        host, path = host.rpartition("@")[2], path.partition("?")[0]
+        if not _is_printable(method + host + path):
+            method, host, path = map(_escape_unprintable, (method, host, path))
         line = f"{client} {method or '-'} {host + path or '-'} {status} {size} {seconds:.3f} {cache_status}"
         if because:
             because = _escape_unprintable(because, "")
@@ -71,6 +69,10 @@ class AccessLog:
 
 def _escape_unprintable(text: str, also: str = " ") -> str:
     """Return `text` with Python's escapes for unprintable characters, and for `also`: a space separates the fields."""
-    if text.isprintable() and not (also and also in text):
+    if _is_printable(text, also):
         return text
     return "".join(c if c.isprintable() and c != also else f"\\x{ord(c):02x}" for c in text)
+
+
+def _is_printable(text: str, also: str = " ") -> bool:
+    return text.isprintable() and not (also and also in text)

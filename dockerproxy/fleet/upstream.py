@@ -10,6 +10,7 @@ TLS with the CA of the fleet.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import partial
@@ -246,7 +247,7 @@ class MemberClient:
         return BufferedResponse(response, MemberSender(member, self._members), content)
 
 
-class ContentClient:
+class ContentClient(ABC):
     """A `RegistryClient` that asks members about some GETs and HEADs of content, and `upstream` everything else."""
 
     def __init__(self, upstream: RegistryClient, members: Members, client: MemberClient) -> None:
@@ -254,9 +255,9 @@ class ContentClient:
         self._members = members
         self._client = client
 
+    @abstractmethod
     async def _ask_members(self, question: Question) -> UpstreamResponse | None:
         """Return the answer of a member, None if upstream is to be asked."""
-        raise NotImplementedError
 
     async def request(
         self,

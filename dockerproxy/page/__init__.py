@@ -1,4 +1,4 @@
-"""The page in the browser: what the daemon does, rendered here, complete without JavaScript.
+"""The page in the browser: the state of the daemon, rendered here, complete without JavaScript.
 
 `site` has the handlers, `sign_in` the viewers, `actions` what administrators may do. `views` and `charts` make what the
 templates show of the documents that `dockerproxy.admin.overview` returns; they are pure. jinja2 and the templates are

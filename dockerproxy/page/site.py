@@ -1,4 +1,4 @@
-"""The handlers of the page: what each address shows, and the forms that it sends."""
+"""The handlers of the page: the content of each address, and the forms that it sends."""
 
 from __future__ import annotations
 

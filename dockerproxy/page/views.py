@@ -63,7 +63,7 @@ def budget_card(limits: Sequence[Document], now: float) -> dict[str, Any]:
 
 
 def budget(limit: Document, now: float) -> dict[str, Any]:
-    """Return what a LIMIT document says, in words."""
+    """Return the sentence of a LIMIT document."""
     refused_until, gone_in = limit["refused_until"], limit.get("gone_in")
     parts = [f"per {words.span(limit['window'])}"] if limit["window"] else []
     if refused_until is not None and refused_until > now:

@@ -1,4 +1,4 @@
-"""The documents of the overview, and above all: what a viewer without a login cannot find out by any of them."""
+"""The documents of the overview, and the names that a viewer without a login cannot find out by any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The board: what downloads write to shared memory, and what any process reads there."""
+"""The board: downloads write to shared memory, and any process reads it."""
 
 from __future__ import annotations
 

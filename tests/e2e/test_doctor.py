@@ -36,7 +36,7 @@ def doctor(daemon: TwistdDaemon, *arguments: str) -> subprocess.CompletedProcess
 
 
 def problems(daemon: TwistdDaemon) -> dict[str, dict[str, Any]]:
-    """Return what the doctor finds wrong, by check and subject; several of one subject are numbered."""
+    """Return the doctor's findings, by check and subject; several of one subject are numbered."""
     result = doctor(daemon, "--json")
     report = json.loads(result.stdout)
     assert result.returncode == (1 if report["level"] == "bad" else 0), result.stderr

@@ -359,7 +359,7 @@ def test_rules_for_hosts_that_a_wildcard_covers(start_daemon: StartDaemon) -> No
 
 
 def _run_command(daemon: TwistdDaemon, command: str, exit_status: int = 0) -> str:
-    """Return what the command prints. It must end with `exit_status`."""
+    """Return the output of the command. It must end with `exit_status`."""
     socket = str(daemon.state_folder / "run/control.sock")
     argv = [sys.executable, "-m", "dockerproxy.cli", command, "--socket", socket]
     completed = subprocess.run(argv, env=daemon.environment, capture_output=True, text=True, timeout=60)

@@ -17,19 +17,12 @@ from urllib.parse import quote
 
 import pytest
 
-from dockerproxy.cache.access import Access
-from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest
-from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import Links
-from dockerproxy.store.records import Records
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
+from tests.e2e.harness.many_repositories import start_with_repositories
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import write_htpasswd
 from tests.e2e.harness.upstreams import FAKE, HUB, TOKEN_URL, Upstreams
@@ -60,7 +53,7 @@ class ControlConnection(http.client.HTTPConnection):
 
 
 def ask_control_socket(daemon: TwistdDaemon, resource: str) -> dict[str, Any]:
-    """Return what an administrator sees."""
+    """Return a document as an administrator sees it."""
     connection = ControlConnection(daemon.state_folder / "run/control.sock")
     try:
         connection.request("GET", f"/v1/{resource}")
@@ -279,18 +272,7 @@ def test_an_unlucky_search_is_a_result_or_a_400(daemon: TwistdDaemon) -> None:
 def test_ten_thousand_repositories(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
     """A search takes less than 200 ms, and requests of clients beside it go on as before."""
     daemon = start_daemon(WORKERS="1")
-    daemon.stop()
-    layout = Layout(daemon.state_folder / "cache")
-    manifest = b'{"schemaVersion":2,"layers":[],"config":{"mediaType":"x","digest":"sha256:%064d","size":1}}' % 0
-    digest = Digest.of(manifest)
-    Blobs(layout, durable=False).put(manifest, digest)
-    links, access = Links(layout, durable=False), Access(Records(layout.root / "records"), time.time)
-    for number in range(10_000):
-        name = f"fake.test/team{number % 100}/service-{number}"
-        links.link_manifest(name, digest, OCI_MANIFEST)
-        if number % 2:
-            access.record_grant(name, PUBLIC, time.time())
-    daemon.start()
+    start_with_repositories(daemon, 10_000, public_step=2)
     wait_until(lambda: get(daemon, "images")["count"] == 5000, "all repositories are listed", timeout=120)
     blob = upstreams.fake.put_blob("overview/beside", images.random_bytes(10_000, "beside"))
     url = f"{FAKE}/v2/overview/beside/blobs/{blob}"

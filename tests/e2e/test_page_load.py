@@ -14,17 +14,10 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.cache.access import Access
-from dockerproxy.cache.identity import PUBLIC
-from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest
-from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.layout import Layout
-from dockerproxy.store.links import Links
-from dockerproxy.store.records import Records
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import throttled
+from tests.e2e.harness.many_repositories import start_with_repositories
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 from tests.e2e.test_overview import get
@@ -44,17 +37,7 @@ def cpu_seconds(daemon: TwistdDaemon) -> float:
 def test_searches_of_ten_thousand_repositories(start_daemon: StartDaemon, record_property: Any) -> None:
     """A page of a list of 10,000 takes less than 200 ms, sorted by any column, from the first page to the last."""
     daemon = start_daemon(WORKERS="1")
-    daemon.stop()
-    layout = Layout(daemon.state_folder / "cache")
-    manifest = b'{"schemaVersion":2,"layers":[],"config":{"mediaType":"x","digest":"sha256:%064d","size":1}}' % 0
-    digest = Digest.of(manifest)
-    Blobs(layout, durable=False).put(manifest, digest)
-    links, access = Links(layout, durable=False), Access(Records(layout.root / "records"), time.time)
-    for number in range(10_000):
-        name = f"fake.test/team{number % 100}/service-{number}"
-        links.link_manifest(name, digest, OCI_MANIFEST)
-        access.record_grant(name, PUBLIC, time.time())
-    daemon.start()
+    start_with_repositories(daemon, 10_000)
     wait_until(lambda: get(daemon, "images")["count"] == 10_000, "all repositories are listed", timeout=240)
     visitor, seconds = Visitor(daemon), []
     paths = ("/images?q=77", "/images?q=service&sort=size", "/images?q=service&sort=name&page=200", "/images?q=nothing",

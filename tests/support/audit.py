@@ -9,6 +9,6 @@ from dockerproxy.registry.audit import AuditLog
 
 
 def make_audit_log() -> tuple[AuditLog, list[Mapping[str, Any]]]:
-    """Return an audit log, and the list of what it has recorded, at the POSIX time 1,800,000,000."""
+    """Return an audit log, and the list of its entries, at the POSIX time 1,800,000,000."""
     entries: list[Mapping[str, Any]] = []
     return AuditLog(entries.append, lambda: 1_800_000_000.0), entries
