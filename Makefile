@@ -63,10 +63,7 @@ test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported v
 
 # A test drops packets between members, for which it needs a network of its own.
 test-fleet: .venv/made-test ## run the tests of FLEET: many members in one process, real daemons, FLEET_CHAOS=20 seconds of chaos
-	@if [ "$$(id -u)" = 0 ] && unshare --net ip link set lo up 2>&-; then \
-	    set -- unshare --net sh -c 'ip link set lo up && exec "$$@"' sh; \
-	fi; \
-	"$$@" .venv/bin/python -m pytest -ra tests/fleet tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py
+	.venv/bin/python -m pytest -ra tests/fleet tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py
 
 test-conformance: .venv/made-test ## run the OCI conformance suite SUITE=PATH against the hosted registry
 	@.venv/bin/python -m tests.conformance.run $(SUITE)
