@@ -85,11 +85,12 @@ from dockerproxy.reload import Configuration, Reloader, describe_error, reloadab
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.daily_pulls import DailyPulls
+from dockerproxy.store.directory_owner import DirectoryInUse, DirectoryOwner, OwnerService
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.journal import BackgroundJournal
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
-from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones, TombstoneService
 from dockerproxy.store.write_probe import StoreProbe
 from dockerproxy.terminal import format_size
@@ -244,8 +245,10 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     shared_state.page_desk = PageDesk(reactor, sessions, actions, explainer).answer
     report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
+    on_lost = partial(stop_for_another_machine, reactor, notifier)
     for service in (
         *workers.services,  # first, because the fork server forks: no descriptors and no threads may exist yet
+        *(build_owner_service(reactor, owner, on_lost) for owner in state.owners),
         cache_space.service(),
         TombstoneService(reactor, tombstones, tombstone_file),
         PullHistoryService(reactor, pull_history),
@@ -291,6 +294,22 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     log_configuration(settings, state, authority)
     listener_service.listening.addCallback(lambda _: log_ready(server.registries.status))
     return daemon
+
+
+def build_owner_service(reactor: Any, owner: DirectoryOwner, on_lost: Callable[[str], object]) -> OwnerService:
+    """Build the service that keeps other machines away from a shared directory, until the process ends."""
+    service = OwnerService(reactor, owner, on_lost)
+    reactor.addSystemEventTrigger("after", "shutdown", service.release)
+    return service
+
+
+def stop_for_another_machine(reactor: Any, notifier: Notifier, reason: str) -> None:
+    """Stop the daemon, because another one has taken its directory while this machine stood still."""
+    log.critical("the daemon stops: {reason}", reason=reason)
+    notifier.status(reason)
+    # systemd does not restart it on this status. Files are flushed before, because this is added last.
+    reactor.addSystemEventTrigger("after", "shutdown", os._exit, os.EX_CONFIG)
+    reactor.stop()
 
 
 def probe_registry_store(reactor: Any, settings: Settings, variables: Mapping[str, str]) -> list[str]:

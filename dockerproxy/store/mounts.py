@@ -14,8 +14,8 @@ _REMOTE_TYPES = frozenset({
 """Types of file systems that another machine serves, or the host of a virtual machine. Programs serve those of FUSE."""
 
 
-def remote_file_system(paths: Iterable[str], mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Return the type of the first file system among those of `paths` that may hang, or None if all are local. Blocks.
+def remote_file_system(paths: Iterable[str], mountinfo: str = "/proc/self/mountinfo") -> tuple[str, str] | None:
+    """Return the first of `paths` on a file system that may hang, and its type, or None if all are local. Blocks.
 
     `mountinfo` is described in proc_pid_mountinfo(5). Without it, all count as local. Paths that do not exist count as
     their parents.
@@ -31,7 +31,7 @@ def remote_file_system(paths: Iterable[str], mountinfo: str = "/proc/self/mounti
         if above:
             name = mounts[max(above)[1]][1]
             if name in _REMOTE_TYPES or name.startswith("fuse"):
-                return name
+                return path, name
     return None
 
 

@@ -2,7 +2,8 @@
 
 Two daemons in one directory would delete each other's temporary files and evict each other's blobs. The main process
 therefore locks both directories before it touches anything in them. The lock is a flock, which the kernel releases when
-that process ends, however it ends. Workers do not hold it.
+that process ends, however it ends. Workers do not hold it. Where a flock may not reach other machines,
+`directory_owner` notices them.
 
 Both directories are private. If they belong to another user, that user can put anything in place of their files, so
 nothing there is opened through a symbolic link of theirs.
@@ -14,12 +15,13 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from attrs import define, field
 
+from dockerproxy.store.directory_owner import OWNER_SIZE, DirectoryInUse, DirectoryOwner, SharedPlace
 from dockerproxy.store.files import Staging
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.mounts import remote_file_system
@@ -46,8 +48,13 @@ _DIRECTORIES = (
 """The directories of a store. An administrator may have put one on another disk, by a symbolic link."""
 
 
-class DirectoryInUse(Exception):
-    """Another daemon uses the directory. The message says which directory, which process, and what to do."""
+_REMEDIES = {
+    "CACHE_DIR": "set CACHE_DIR to a directory of its own at each machine; with FLEET, they share what is cached",
+    "REGISTRY_DIR": (
+        "set REGISTRY_DIR to a directory of its own at each machine, and REGISTRY_STORE to a bucket for the images that"
+        " all of them serve"
+    ),
+}
 
 
 @define(eq=False)
@@ -65,6 +72,8 @@ class StateDirectory:
     registry_secret: bytes = field(repr=False)
     warnings: tuple[str, ...]
     registry_file_system: str | None
+    owners: tuple[DirectoryOwner, ...]
+    """The claims on directories that other machines may have, too."""
     # Open until the process ends, because closing them would release the locks. Forked processes inherit the numbers,
     # but have closed the files.
     _lock_fds: tuple[int, ...]
@@ -73,16 +82,20 @@ class StateDirectory:
     def open(cls, cache_dir: Path, registry_dir: Path) -> StateDirectory:
         """Lock both directories, create what they lack, and delete the temporary files that a crash left behind.
 
-        Only the main process calls this, before it forks. Raises `DirectoryInUse` or OSError. Blocks.
+        Only the main process calls this, before it forks. Raises `DirectoryInUse` or OSError. Blocks, some seconds long
+        if another machine has left its file in one of them (see `directory_owner`).
         """
         locks = []
+        places: list[SharedPlace | None] = []
         warnings: list[str] = []
         try:
             for setting, root in (("CACHE_DIR", cache_dir), ("REGISTRY_DIR", registry_dir)):
                 warnings.extend(_make_private(setting, root))
                 if setting != "CACHE_DIR" and root.samefile(cache_dir):
                     raise DirectoryInUse(f"CACHE_DIR and {setting} are both {root}; set one to another directory")
-                locks.append(_lock(setting, root))
+                places.append(_find_shared_place(setting, root))
+                locks.append(_lock(setting, root, places[-1]))
+            owners = _claim(cache_dir, places)
             cache, registry = Layout(cache_dir), Layout(registry_dir)
             for layout in (cache, registry):
                 Staging(layout.staging).clear()
@@ -93,15 +106,17 @@ class StateDirectory:
                 os.close(fd)
             raise
         warnings.extend(warning for _, warning in locks if warning)
-        cache_file_system = remote_file_system(_paths(cache_dir))
-        if cache_file_system is not None:
+        cache_place, registry_place = places
+        if cache_place is not None:
             warnings.append(
-                f"CACHE_DIR is {cache_dir}, which is on {cache_file_system}: if that does not answer, the daemon"
+                f"CACHE_DIR is {cache_dir}, which is on {cache_place.kind}: if that does not answer, the daemon"
                 " answers no client; set CACHE_DIR to a directory on a local disk"
             )
-        registry_file_system = remote_file_system(_paths(registry_dir))
+        registry_file_system = None if registry_place is None else registry_place.kind
         lock_fds = tuple(fd for fd, _ in locks)
-        return cls(cache, registry, cache_secret, registry_secret, tuple(warnings), registry_file_system, lock_fds)
+        return cls(
+            cache, registry, cache_secret, registry_secret, tuple(warnings), registry_file_system, owners, lock_fds
+        )
 
     def open_records(self, on_create: Callable[[], object] | None = None) -> Records:
         """Return the records of the cache. `on_create` is called after each new file."""
@@ -157,8 +172,30 @@ def _refuse_links_of_others(root: Path) -> None:
                 raise UnsafeFile(errno.ELOOP, reason, path)
 
 
-def _lock(setting: str, root: Path) -> tuple[int, str]:
-    """Lock `root`. Return the open lock file, and a warning if the file system does not support locks."""
+def _find_shared_place(setting: str, root: Path) -> SharedPlace | None:
+    """Return the first directory of the store that other machines may have, too, or None if all are local."""
+    remote = remote_file_system(path for path in _paths(root) if os.path.isdir(path))
+    return None if remote is None else SharedPlace(setting, *remote, _REMEDIES[setting])
+
+
+def _claim(cache_dir: Path, places: Sequence[SharedPlace | None]) -> tuple[DirectoryOwner, ...]:
+    """Claim the shared directories. Raise `DirectoryInUse` if another machine uses one of them."""
+    # CACHE_DIR is locked, and on a local disk, unless it is shared itself. So nobody else writes this file.
+    witness = None if places[0] is not None else f"{cache_dir}/registry-owner"
+    owners = tuple(DirectoryOwner(place, witness) for place in places if place is not None)
+    with ExitStack() as on_failure:
+        for owner in owners:
+            owner.claim()
+            on_failure.callback(owner.release)
+        on_failure.pop_all()
+    return owners
+
+
+def _lock(setting: str, root: Path, place: SharedPlace | None) -> tuple[int, str]:
+    """Lock `root`. Return the open lock file, and a warning if the file system does not support locks.
+
+    `place` is given if other machines may have the directory.
+    """
     path = f"{root}/lock"
     fd = _open_lock(path)
     warning = ""
@@ -166,7 +203,7 @@ def _lock(setting: str, root: Path) -> tuple[int, str]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DirectoryInUse(_describe_owner(setting, root, path)) from None
+            raise DirectoryInUse(_describe_owner(setting, root, path, place)) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
@@ -198,7 +235,9 @@ def _open_lock(path: str) -> int:
     raise UnsafeFile.of(path, status.st_mode)
 
 
-def _describe_owner(setting: str, root: Path, path: str) -> str:
+def _describe_owner(setting: str, root: Path, path: str, place: SharedPlace | None) -> str:
+    if place is not None and (content := read_small(place.path, OWNER_SIZE)) is not None:
+        return place.describe_owner(content)
     pid = (read_small(path, _PID_LIMIT) or b"").strip()
     owner = f"the daemon with process ID {pid.decode()}" if pid.isdigit() else "another daemon"
     return f"{root} is in use by {owner}; stop that daemon, or set {setting} to another directory"

@@ -46,12 +46,13 @@ def mountinfo(tmp_path: Path) -> str:
 )
 def test_the_last_and_lowest_mount_counts(tmp_path: Path, mountinfo: str, name: str, expected: str | None) -> None:
     (tmp_path / "link").symlink_to("nas")
-    assert remote_file_system([str(tmp_path / name)], mountinfo) == expected
+    path = str(tmp_path / name)
+    assert remote_file_system([path], mountinfo) == (None if expected is None else (path, expected))
 
 
 def test_one_remote_directory_of_a_store_is_enough(tmp_path: Path, mountinfo: str) -> None:
     paths = [str(tmp_path / name) for name in ("memory", "nas/local", "nas")]
-    assert remote_file_system(paths, mountinfo) == "nfs4"
+    assert remote_file_system(paths, mountinfo) == (paths[2], "nfs4")
     assert remote_file_system(paths[:2], mountinfo) is None
 
 

@@ -13,7 +13,8 @@ import pytest
 from attrs import define
 
 from dockerproxy.reload import describe_error
-from dockerproxy.store.state_directory import DirectoryInUse, StateDirectory
+from dockerproxy.store.directory_owner import DirectoryInUse
+from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tree_reader import UnsafeFile
 
 

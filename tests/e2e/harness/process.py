@@ -71,15 +71,17 @@ def mount_ext4(folder: Path, size: str, inodes: int | None = None) -> Iterator[P
 
 
 @contextmanager
-def mount_fuse(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def mount_fuse(folder: Path, content: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Mount a file system of FUSE on `folder`, which is created. Yield the process that serves it, or skip the test.
 
-    While that process is stopped, every access that is not answered from the kernel's memory hangs.
+    While that process is stopped, every access that is not answered from the kernel's memory hangs. `content` is a
+    directory with the files. If it is mounted twice, a lock in one place does not count in the other, as if these were
+    two machines.
     """
     require_programs("bindfs", root=True)
-    content = folder.with_suffix(".content")
-    for directory in (folder, content):
-        directory.mkdir()
+    content = content or folder.with_suffix(".content")
+    folder.mkdir()
+    content.mkdir(exist_ok=True)
     no_cache = "attr_timeout=0,entry_timeout=0,negative_timeout=0"
     with subprocess.Popen(
         ["bindfs", "-f", "-o", no_cache, str(content), str(folder)], stderr=subprocess.PIPE
