@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from attrs import frozen
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import HTTPClientError
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import URLLib3Session
 
 from dockerproxy.bucket import keys
@@ -46,7 +46,7 @@ class StartProbe:
             refusal = self._send("GET", "", [("list-type", "2"), ("max-keys", "1")])
             if refusal is None and not read_only:
                 return self._try_conditions(key)
-        except (HTTPClientError, OSError) as error:
+        except (BotoCoreError, OSError) as error:
             return [f"{self.location} does not answer ({error}); until it does, pushes fail"]
         if refusal is None:
             return []

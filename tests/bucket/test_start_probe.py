@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("botocore", reason="botocore is not installed (python3-botocore)")
 
+from dockerproxy.bucket import start_probe
 from dockerproxy.bucket.request_signer import RequestSigner
 from dockerproxy.bucket.start_probe import IGNORES_CONDITIONS, StartProbe
 from dockerproxy.errors import StoreRefused
@@ -104,3 +106,17 @@ def test_a_key_that_may_only_read_writes_nothing(store: SmallStore) -> None:
 def test_a_refusal_stops_the_start(store: SmallStore) -> None:
     with pytest.raises(StoreRefused, match="AccessDenied"):
         probe(store)
+
+
+@pytest.mark.parametrize("is_listening", [False, True], ids=["refused", "silent"])
+def test_a_store_that_does_not_answer_stops_no_start(monkeypatch: pytest.MonkeyPatch, is_listening: bool) -> None:
+    monkeypatch.setattr(start_probe, "_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        location = StoreLocation.parse(f"s3://images?endpoint=http://127.0.0.1:{server.getsockname()[1]}")
+        if not is_listening:
+            server.close()
+        unused: Any = None
+        signer = RequestSigner.find_credentials(unused, location.region, VARIABLES)
+        [sentence] = StartProbe(location, signer).run(read_only=False)
+    assert sentence.startswith("the bucket images at http://127.0.0.1")
+    assert "does not answer" in sentence and sentence.endswith("until it does, pushes fail")
