@@ -58,7 +58,7 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.proxy.direct import DirectRequestHandler
-from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
+from dockerproxy.proxy.forward_proxy import ForwardProxy, InnerHost, Interception
 from dockerproxy.proxy.host_rule import HostRule
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
@@ -311,7 +311,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     rules = HostedRules()
     set_hosted_rules(rules, settings)
     hosted_store, bucket_probes = build_hosted_store(
-        reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser, rules
+        reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser, rules, fleet
     )
     audit = AuditLog.open(reactor, str(settings.state_dir))
     hosted_app = HostedRegistryApp(
@@ -392,6 +392,9 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     proxy_router, registry_router = router(on_proxy_port=True), router(on_proxy_port=False)
     direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
     transfers = Transfers()
+    session_door = None
+    if fleet is not None and settings.registry_store is not None:
+        session_door = open_session_door(fleet, hosted_app, authority, cross_origin)
     forward_proxy = ForwardProxy(
         clock=reactor,
         policy=policy,
@@ -414,6 +417,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         ),
         transfers=transfers,
         on_request_finished=on_finished,
+        for_members=session_door,
     )
     certificates.watch_files(reactor)
     budgets = SiteBudgets()
@@ -690,6 +694,17 @@ def build_fleet(
         raise SettingsError(f"{error}.") from None
 
 
+def open_session_door(
+    fleet: Fleet, hosted_app: HostedRegistryApp, authority: CertificateAuthority, cross_origin: CrossOriginProtection
+) -> InnerHost:
+    """Make members pass upload sessions on to each other. Return the host at which they ask for them."""
+    from dockerproxy.fleet.composition import UPLOADS_HOST
+
+    hosted_app.pass_on = fleet.session_router().pass_on
+    door = fleet.session_door(hosted_app.handle, cross_origin.check)
+    return InnerHost(UPLOADS_HOST, partial(authority.context_for, UPLOADS_HOST), door.handle)
+
+
 def build_freshness(settings: Settings) -> Freshness:
     """Return the lifetimes of tags by ENABLE_MANIFEST_CACHE and the settings beside it."""
     return Freshness(
@@ -717,6 +732,7 @@ def build_hosted_store(
     agent: Agent,
     parser: ContentParser,
     rules: HostedRules,
+    fleet: Fleet | None,
 ) -> tuple[HostedStore, Sequence[StoreProbe]]:
     """Build the storage of the hosted registry: the bucket of REGISTRY_STORE with its probe, or else REGISTRY_DIR."""
     local = LocalHostedStore.from_tree(reactor, disk, tree, parser, shared.state.registry_secret, time.time)
@@ -727,7 +743,10 @@ def build_hosted_store(
 
     bucket = assembly.open_bucket(reactor, settings.registry_store, agent, time.time)
     records, limits = shared.state.open_records(), download_limits(settings)
-    store = assembly.open_store(reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser)
+    own_name = None if fleet is None else fleet.own_name
+    store = assembly.open_store(
+        reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser, own_name
+    )
     return store, [assembly.probe_bucket(reactor, bucket, lambda: rules.read_only)]
 
 

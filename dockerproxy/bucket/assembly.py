@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
@@ -61,8 +61,11 @@ def open_store(
     limits: DownloadLimits,
     uploads: LocalUploads,
     parser: ContentParser,
+    own_name: Callable[[], str] | None,
 ) -> BucketHostedStore:
-    """Return the store in `bucket`, whose blobs are read through `cache`."""
+    """Return the store in `bucket`, whose blobs are read through `cache`. `own_name` is as for `BucketUploads`."""
     downloads = Downloads(reactor, BucketClient(bucket), space, cache.ingests, cache.open_readers, limits, cache.board)
     reads = BucketReads(reactor, bucket, cache.blobs, downloads, space, cache.open_readers)
-    return BucketHostedStore.from_parts(reactor, bucket, reads, KeptAnswers(reactor, records), parser, uploads)
+    return BucketHostedStore.from_parts(
+        reactor, bucket, reads, KeptAnswers(reactor, records), parser, uploads, own_name
+    )

@@ -7,7 +7,7 @@ that it leads to. While the bucket does not answer, pulls get what this node has
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from attrs import define, field, frozen
@@ -125,10 +125,11 @@ class BucketHostedStore:
         kept: KeptAnswers,
         parser: ContentParser,
         local_uploads: LocalUploads,
+        own_name: Callable[[], str] | None = None,
     ) -> BucketHostedStore:
-        """Return the store in `bucket`, with the sessions of `local_uploads`."""
+        """Return the store in `bucket`, with the sessions of `local_uploads`. `own_name` is as for `BucketUploads`."""
         contents = BucketContents(bucket)
-        return cls(reactor, bucket, reads, kept, parser, contents, BucketUploads(local_uploads, contents))
+        return cls(reactor, bucket, reads, kept, parser, contents, BucketUploads(local_uploads, contents, own_name))
 
     async def take_over(self) -> None:
         """Complete the catalog of a bucket that another registry has written. One process of a node calls this."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from ipaddress import ip_address
 from typing import Any
@@ -16,8 +16,10 @@ from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenR
 from dockerproxy.fleet.members import Members
 from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.transport import HTTPMemberTransport
+from dockerproxy.fleet.uploads import UPLOADS_HOST, SessionDoor, SessionRouter
 from dockerproxy.fleet.upstream import FleetUpstream, MemberClient, NoUpstream, OwnerUpstream, PeerMeter
 from dockerproxy.fleet.waits import Waits
+from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.oci.names import Host
 from dockerproxy.store.eviction import COPY_AGE, LRUEntry
@@ -25,7 +27,7 @@ from dockerproxy.store.lru_index import LRUIndex
 from dockerproxy.store.records import Records
 from dockerproxy.upstream.tls import ClientContext
 
-__all__ = ["Fleet", "FleetInvalid", "compose_fleet"]
+__all__ = ["UPLOADS_HOST", "Fleet", "FleetInvalid", "compose_fleet"]
 
 
 @frozen
@@ -62,6 +64,20 @@ class Fleet:
             self.meter, self.timeout, self._is_draining,
             mirror, intercepted, mirror_for, intercepted_for,
         )  # fmt: skip
+
+    def session_router(self) -> SessionRouter:
+        """Return what passes requests for upload sessions on to other members."""
+        return SessionRouter(self.members, self.transport, self.meter)
+
+    def session_door(
+        self, handle_hosted: Callable[[Request], Awaitable[None]], check: Callable[[Request], None]
+    ) -> SessionDoor:
+        """Return the door for such requests of other members; see `SessionDoor`."""
+        return SessionDoor(self.directory.clock, handle_hosted, check, self.meter, self.timeout)
+
+    def own_name(self) -> str:
+        """Return the name of this member, "" while it is not in the list."""
+        return self.members.me
 
     def prefer_owned(self, index: LRUIndex, clock: Callable[[], float]) -> None:
         """Make copies of blobs that other members own leave the cache first. `clock` returns POSIX time."""

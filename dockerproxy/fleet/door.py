@@ -14,7 +14,6 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from attrs import field, frozen
-from twisted.internet.task import LoopingCall
 
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
 from dockerproxy.errors import (
@@ -41,6 +40,7 @@ from dockerproxy.fleet.hop import (
     parse_hop,
 )
 from dockerproxy.fleet.members import Members, blob_key, repository_key
+from dockerproxy.fleet.progress import reporting_progress
 from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.upstream import PeerMeter
 from dockerproxy.fleet.waits import Waits
@@ -192,30 +192,18 @@ class FleetDoor:
 
     async def _serve(self, request: Request, handle: Callable[[], Awaitable[None]]) -> None:
         """Serve a member. Until the response starts, tell it that this daemon lives."""
-        started = self.clock.seconds()
-
-        def report_progress() -> None:
-            if request.started or request.finished or self.clock.seconds() - started > _MAX_PROGRESS:
-                progress.stop()
-            else:
-                request.report_progress()
-
-        progress = LoopingCall(report_progress)
-        progress.clock = self.clock
-        progress.start(self.timeout / 3, now=False).addErrback(lambda _: None)
         try:
-            if self.is_draining():
-                raise ServiceOverloaded("this member is stopping", headers=[("Retry-After", "1")])
-            work = handle()  # which sets the fields, and sends nothing yet
-            _mark(request, UPSTREAM_WORD)
-            await work
+            with reporting_progress(self.clock, request, self.timeout, _MAX_PROGRESS):
+                if self.is_draining():
+                    raise ServiceOverloaded("this member is stopping", headers=[("Retry-After", "1")])
+                work = handle()  # which sets the fields, and sends nothing yet
+                _mark(request, UPSTREAM_WORD)
+                await work
         except RegistryError as error:
             is_own = not isinstance(error, _UPSTREAM_WORDS) or isinstance(error, DestinationForbidden)
             _mark(request, OWN_WORD if is_own else UPSTREAM_WORD)
             raise
         finally:
-            if progress.running:
-                progress.stop()
             self.meter.count_peer_bytes("sent", request.bytes_sent)
 
 

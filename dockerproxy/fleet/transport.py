@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from attrs import define, field, frozen
 from twisted.logger import Logger
+from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.cache.upstream import UpstreamResponse
 from dockerproxy.concurrency import spawn
@@ -16,12 +18,15 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.net.upstream_proxy import UpstreamProxy
 from dockerproxy.oci.names import Host
-from dockerproxy.upstream.agent import Agent, UpstreamTimeouts
+from dockerproxy.upstream.agent import Agent, Response, UpstreamTimeouts
+from dockerproxy.upstream.connection import ConnectionDropped
 from dockerproxy.upstream.credentials import ClientCredential
 from dockerproxy.upstream.tls import ClientContext
 
 MEMBER_PORT = 3128
 """The port of a member that FLEET gives without one: that of the proxy."""
+
+_SEND_TIMEOUT = 60.0  # seconds for which the disk of a member may take no byte of an upload
 
 log = Logger()
 
@@ -67,13 +72,24 @@ class HTTPMemberTransport:
             return await self._clear.request(question.method, url, Headers.from_lowercase(fields), client=member)
         if isinstance(question.credential, ClientCredential):
             fields.append(("authorization", question.credential.authorization))
-        agent = self._through.get(member)
-        if agent is None:
-            address = Host.parse(member, MEMBER_PORT)
-            agent = self._through[member] = self._agent(MemberProxy(address.name, address.port))
+        agent = self._agent_through(member)
         # Over TLS also if the registry itself has none: the member answers in its place.
         url = f"https://{question.registry.host.authority}{question.path}"
         return await agent.request(question.method, url, Headers.from_lowercase(fields), client=member)
+
+    async def send(
+        self, member: str, method: str, url: str, headers: Headers, body: IBodyProducer | None = None
+    ) -> Response:
+        """Return the response of `member` to a request for a host that it answers for. Raise `UpstreamError`.
+
+        The errors of `body` are raised, too.
+        """
+        agent = self._agent_through(member)
+        # A request with a body cannot be sent again if an idle connection is closed at this moment.
+        with suppress(ConnectionDropped):
+            if body is None:
+                return await agent.request(method, url, headers, client=member, reuse=True)
+        return await agent.request(method, url, headers, body, client=member)
 
     def use(self, members: tuple[str, ...]) -> None:
         """Close the connections to those that are no members any more."""
@@ -85,10 +101,17 @@ class HTTPMemberTransport:
         for agent in (self._clear, *self._through.values()):
             await agent.close()
 
+    def _agent_through(self, member: str) -> Agent:
+        agent = self._through.get(member)
+        if agent is None:
+            address = Host.parse(member, MEMBER_PORT)
+            agent = self._through[member] = self._agent(MemberProxy(address.name, address.port))
+        return agent
+
     def _agent(self, proxy: UpstreamProxy | None) -> Agent:
         dialer = Dialer(
             self._reactor, AddressResolver(), proxy=proxy, connect_timeout=self._timeout,
             source_address=self._source_address,
         )  # fmt: skip
-        timeouts = UpstreamTimeouts(self._timeout, self._timeout, self._timeout)
+        timeouts = UpstreamTimeouts(self._timeout, self._timeout, max(self._timeout, _SEND_TIMEOUT))
         return Agent(self._reactor, dialer, self._tls, timeouts)

@@ -188,6 +188,16 @@ class Request:
         """Whether the request has a body that is not empty."""
         return self._body is not None
 
+    @property
+    def body_ended(self) -> bool:
+        """Whether the whole body has been received, or no more of it will be."""
+        return self._body is None or self._body.ended
+
+    @property
+    def bytes_received(self) -> int:
+        """The bytes of the body that were received so far."""
+        return 0 if self._body is None else self._body.received
+
     async def read_chunk(self, at_least: int = 1) -> bytes:
         """Return the buffered part of the body, after waiting for `at_least` bytes or the end of the body.
 

@@ -63,10 +63,14 @@ def _parse_mount(query: str) -> tuple[Digest | None, Repository | None]:
 
 @frozen
 class UploadStatus:
-    """An upload session, and the number of bytes received so far."""
+    """An upload session, and the number of bytes received so far.
+
+    `node` is the member of the fleet that has the bytes, "" if every one may be asked.
+    """
 
     session: str
     size: int
+    node: str = ""
 
 
 def declared_length(content_range: str | None, content_length: int | None, session_size: int) -> int | None:

@@ -81,14 +81,24 @@ class Interception:
 
 
 @frozen
+class InnerHost:
+    """A host that only this server answers for, with its TLS context. No other server has its `name`."""
+
+    name: str
+    context: Callable[[], ServerContext]
+    handle: Handler
+
+
+@frozen
 class ForwardProxy:
     """Handles the requests of the proxy port.
 
     `local` handles requests for this port itself. `hosted` handles requests for one of `hosted_names`, as the listeners
     of the hosted registry would handle them without the proxy; `hosted_context_for` returns its TLS context for a name
-    or address. `registry_ports` are the ports of its listeners with
-    TLS, and `registry_http_ports` those without. A client that asks for one of them at an address of this machine is
-    served here, because TUNNEL_DENY forbids connections to such addresses. `circles` are given if there are parents.
+    or address. `registry_ports` are the ports of its listeners with TLS, and `registry_http_ports` those without. A
+    client that asks for one of them at an address of this machine is served here, because TUNNEL_DENY forbids
+    connections to such addresses. `circles` are given if there are parents. `for_members` is what other members of a
+    fleet ask for.
     """
 
     clock: Any
@@ -107,6 +117,7 @@ class ForwardProxy:
     timeouts: TunnelTimeouts
     transfers: TransferTracker
     on_request_finished: Callable[[Request, float], None]
+    for_members: InnerHost | None = None
 
     def handle(self, site: Site, request: Request) -> Awaitable[None]:
         """Return the awaitable that responds to `request`, which `site` received. Raise `RegistryError`."""
@@ -134,6 +145,9 @@ class ForwardProxy:
             return
         if host.name in self.hosted_names:
             self._intercept(site, request, self.hosted_context_for(host.name), self.hosted)
+            return
+        if self.for_members is not None and host.name == self.for_members.name:
+            self._intercept(site, request, self.for_members.context(), self.for_members.handle)
             return
         self.policy.check_port(host)
         try:

@@ -6,6 +6,7 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
+from urllib.parse import quote
 
 from dockerproxy.errors import DigestInvalid, RangeInvalid, SizeInvalid, Unsupported
 from dockerproxy.http.message import body_framing, printable_ascii
@@ -280,10 +281,14 @@ async def _with_position(error: RangeInvalid, target: Target, backend: RegistryB
 def _upload_fields(name: Repository, status: UploadStatus) -> FieldList:
     return [
         API_VERSION,
-        ("Location", f"/v2/{name}/blobs/uploads/{status.session}"),
+        ("Location", f"/v2/{name}/blobs/uploads/{status.session}{_node_query(status)}"),
         ("Range", range_header(status.size)),
         ("Docker-Upload-UUID", status.session),
     ]
+
+
+def _node_query(status: UploadStatus) -> str:
+    return f"?node={quote(status.node, safe=':')}" if status.node else ""
 
 
 def _created_fields(location: str, digest: Digest) -> FieldList:

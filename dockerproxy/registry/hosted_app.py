@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from attrs import define, field
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
-from dockerproxy.oci.routes import route_hosted
+from dockerproxy.oci.routes import Target, route_hosted
 from dockerproxy.registry.access_control import HOSTED_TOKEN_PATH, AccessControl
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.audit import AuditLog
@@ -14,16 +16,23 @@ from dockerproxy.registry.backend import RegistryBackend
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.responses import respond_error
 
+PassOn = Callable[[Request, Target], Awaitable[None] | None]
+"""Returns the awaitable that responds to a request from elsewhere, None if it is to be handled here."""
+
 
 @define
 class HostedRegistryApp:
-    """Handles requests to `/v2/` for the hosted registry. A newly set `access_control` applies to later requests."""
+    """Handles requests to `/v2/` for the hosted registry. A newly set `access_control` applies to later requests.
+
+    `pass_on`, if given, is asked about each request that the client may make.
+    """
 
     api: RegistryAPI
     backend: RegistryBackend
     access_control: AccessControl
     audit: AuditLog
     rules: HostedRules = field(factory=HostedRules)
+    pass_on: PassOn | None = None
 
     async def handle(self, request: Request) -> None:
         """Respond to `request`. Raise `RegistryError`."""
@@ -42,7 +51,8 @@ class HostedRegistryApp:
                 resource = request.path.removeprefix("/v2/")
                 self.audit.record(principal, request.method, resource, f"refused: {error.message}")
             raise
-        await self.api.handle(request, target, self.backend, principal)
+        passed_on = None if self.pass_on is None else self.pass_on(request, target)
+        await (passed_on or self.api.handle(request, target, self.backend, principal))
 
 
 def _respond_error(request: Request, error: RegistryError) -> None:

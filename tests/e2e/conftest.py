@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness.ceph_store import CephRGW
 from tests.e2e.harness.client_factory import ClientFactory, ProcessGroup
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.seaweedfs import SeaweedFS
 from tests.e2e.harness.upstreams import Upstreams
 
 _daemons: list[TwistdDaemon] = []
@@ -25,6 +27,20 @@ def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
     upstreams.start()
     yield upstreams
     upstreams.stop()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """Return an object store for all tests that do not stop it. Each makes buckets of its own."""
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")).run() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephRGW]:
+    """Return another one, of a kind that heeds fewer conditions; skip the test if it is not installed."""
+    with CephRGW(tmp_path_factory.mktemp("ceph")).run() as store:
+        yield store
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The hosted registry in a bucket of SeaweedFS: two daemons, the store's bad days, and docker-registry's own driver."""
+"""The hosted registry in a bucket: two daemons, the store's bad days, and docker-registry's own driver."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from tests.e2e.harness.clients import check_output
 from tests.e2e.harness.docker_registry import DockerRegistry, push_image
 from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
+from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon, write_image_folder
-from tests.e2e.harness.seaweedfs import ACCESS_KEY, SECRET_KEY, SeaweedFS
+from tests.e2e.harness.seaweedfs import SeaweedFS
 
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    with SeaweedFS(tmp_path_factory.mktemp("store")).run() as store:
-        yield store
+@pytest.fixture(scope="module", params=["seaweedfs", "ceph"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    store: ObjectStore = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture
-def bucket(store: SeaweedFS, request: pytest.FixtureRequest) -> str:
+def bucket(store: ObjectStore, request: pytest.FixtureRequest) -> str:
     name = request.node.name.removeprefix("test_").replace("_", "-").split("[")[0][:50]
     return store.make_bucket(name)
 
 
 @pytest.fixture
-def nodes(store: SeaweedFS, bucket: str, tmp_path: Path) -> Iterator[tuple[RegistryDaemon, RegistryDaemon]]:
+def nodes(store: ObjectStore, bucket: str, tmp_path: Path) -> Iterator[tuple[RegistryDaemon, RegistryDaemon]]:
     """Return two daemons on one bucket, each with a disk of its own."""
     first, second = (RegistryDaemon(tmp_path / name, store.settings(bucket)) for name in ("first", "second"))
     with first.run_and_check_log(lambda: [SECRET_KEY]), second.run_and_check_log(lambda: [SECRET_KEY]):
@@ -148,7 +149,7 @@ def test_clients(nodes: tuple[RegistryDaemon, RegistryDaemon], clients: ClientFa
     check_pull(second.http_port, "large", "1", image)
 
 
-def test_a_bucket_of_another_registry_and_back(store: SeaweedFS, bucket: str, tmp_path: Path) -> None:
+def test_a_bucket_of_another_registry_and_back(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     require_programs("docker-registry")
     s3 = {
         "accesskey": ACCESS_KEY, "secretkey": SECRET_KEY, "region": "us-east-1", "bucket": bucket,
@@ -178,7 +179,7 @@ def test_a_bucket_of_another_registry_and_back(store: SeaweedFS, bucket: str, tm
         other.stop()
 
 
-def test_a_node_is_killed_and_an_empty_one_serves(store: SeaweedFS, bucket: str, tmp_path: Path) -> None:
+def test_a_node_is_killed_and_an_empty_one_serves(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     first = RegistryDaemon(tmp_path / "first", store.settings(bucket))
     pushed = []
     with first.run_and_check_log(lambda: [SECRET_KEY]):
@@ -229,7 +230,7 @@ def test_a_store_that_is_down_and_comes_back(tmp_path: Path) -> None:
     ids=["key", "secret", "no key", "bucket"],
 )
 def test_a_bucket_that_cannot_be_used_stops_the_start(
-    store: SeaweedFS, tmp_path: Path, change: dict[str, str], reason: str
+    store: ObjectStore, tmp_path: Path, change: dict[str, str], reason: str
 ) -> None:
     settings = {**store.settings("missing-bucket"), **{k: v for k, v in change.items() if k != "REGISTRY_STORE"}}
     settings["AWS_SHARED_CREDENTIALS_FILE"] = settings["AWS_CONFIG_FILE"] = str(tmp_path / "none")

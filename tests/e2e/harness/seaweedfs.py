@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 from bench.servers import free_port
-from dockerproxy.net.store_location import StoreLocation
+from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import BackgroundProcess
-
-ACCESS_KEY, SECRET_KEY = "AKIDtest", "secret-of-the-store"
 
 
 def find_weed() -> str:
@@ -31,7 +24,7 @@ def find_weed() -> str:
     return weed
 
 
-class SeaweedFS(BackgroundProcess):
+class SeaweedFS(BackgroundProcess, ObjectStore):
     """An empty store in `folder`. Its ports stay the same after a restart."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,65 +42,37 @@ class SeaweedFS(BackgroundProcess):
             f"-s3.port={self.port}", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0",
         ]  # fmt: skip
         for name in ("master", "volume", "filer"):
-            argv += [f"-{name}.port={free_port()}", f"-{name}.port.grpc={free_port()}"]
+            port, grpc_port = free_port(), free_port()
+            argv += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc_port}"]
+        self.filer, self.s3_config = f"127.0.0.1:{port}.{grpc_port}", config
         argv.append(f"-s3.port.grpc={free_port()}")
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         super().__init__(argv, folder / "log", environment, folder)
 
     def start(self) -> None:
-        """Start the store, and wait until it takes requests."""
         self.launch()
-        self.wait_until_ready(self._answers, timeout=90)  # its election after a crash takes 20 s
+        self.wait_until_ready(self.answers, timeout=90)  # its election after a crash takes 20 s
 
-    @contextmanager
-    def run(self) -> Iterator[SeaweedFS]:
-        """Run the store for the time of the context."""
-        try:
-            self.start()
-            yield self
-        finally:
-            self.stop()
+    def close(self) -> None:
+        self.kill()  # it takes 20 s to stop
 
-    @property
-    def credentials(self) -> dict[str, str]:
-        """The variables with the store's credentials."""
-        return {
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
 
-    def settings(self, bucket: str) -> dict[str, str]:
-        """Return the settings of a daemon with `bucket`."""
-        return {**self.credentials, "REGISTRY_STORE": self.url(bucket)}
+class SeaweedGateway(BackgroundProcess, ObjectStore):
+    """A further S3 gateway of `store`, which runs, in a process of its own."""
 
-    def url(self, bucket: str) -> str:
-        """Return the value of REGISTRY_STORE for `bucket`."""
-        return f"s3://{bucket}?endpoint=http://127.0.0.1:{self.port}"
+    def __init__(self, store: SeaweedFS, folder: Path) -> None:
+        folder.mkdir()
+        self.port = free_port()
+        argv = [
+            find_weed(), f"-logdir={folder}", "s3", "-ip.bind=127.0.0.1", f"-filer={store.filer}",
+            f"-port={self.port}", f"-port.grpc={free_port()}", f"-config={store.s3_config}",
+            "-port.iceberg=0", "-port.lance=0",
+        ]  # fmt: skip
+        super().__init__(argv, folder / "log", {"PATH": os.environ["PATH"], "HOME": str(folder)}, folder)
 
-    def make_bucket(self, bucket: str) -> str:
-        """Create a bucket, and return its name."""
-        status, content = self.send(bucket, "PUT")
-        assert status == 200, content
-        return bucket
+    def start(self) -> None:
+        self.launch()
+        self.wait_until_ready(self.answers, timeout=60)
 
-    def send(self, bucket: str, method: str, key: str = "", body: bytes = b"") -> tuple[int, bytes]:
-        """Send a request, and return the status and the content of the response."""
-        from dockerproxy.bucket.request_signer import RequestSigner
-
-        url = StoreLocation.parse(self.url(bucket)).url(key)
-        signer = RequestSigner.find_credentials(None, "us-east-1", self.credentials)
-        fields = dict(signer.sign_now(method, url, [], hashlib.sha256(body).hexdigest()))
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request(method, urlsplit(url).path, body, fields)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def _answers(self) -> bool:
-        try:
-            return self.send("probe", "HEAD")[0] in (200, 404)
-        except OSError:
-            return False
+    def close(self) -> None:
+        self.kill()  # it takes 20 s to stop
