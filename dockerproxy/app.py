@@ -911,11 +911,14 @@ async def handle_metrics(
         }
         if (idle := shared.tombstones.last_idle) is not None:
             measured["cache_evicted_idle_seconds"] = idle
-        disks = {"cached": await in_thread(reactor, os.statvfs, shared.state.cache.root)}
+        disks: dict[str, os.statvfs_result] = {}
+        damaged: dict[str, int] = {}
+        with suppress(OSError):  # the other numbers are needed most on a bad day
+            disks["cached"] = await in_thread(reactor, os.statvfs, shared.state.cache.root)
+            damaged["cached"] = await in_thread(reactor, count_damaged, shared.state.cache)
         hosted = Deferred.fromCoroutine(registry_disk.read(os.statvfs, shared.state.registry.root))
         with suppress(OSError, RegistryError, TimeoutError):  # it may be on a server that does not answer
             disks["hosted"] = await hosted.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
-        damaged = {"cached": await in_thread(reactor, count_damaged, shared.state.cache)}
         if "hosted" in disks:
             listing = Deferred.fromCoroutine(registry_disk.read(count_damaged, shared.state.registry))
             with suppress(OSError, RegistryError, TimeoutError):
@@ -941,12 +944,14 @@ def _render_metrics(
 
     # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
     # If there are several logins, it is the one that was used last.
-    stored = sorted(stored_limits(shared.state.open_records()), key=lambda limit: limit[1].seen)
-    limits = {
-        registry_label(registry): asdict(limit)
-        for registry, limit in stored
-        if registry_label(registry) in shared.metrics.registries
-    }
+    limits: dict[str, dict[str, Any]] = {}
+    with suppress(OSError):
+        stored = sorted(stored_limits(shared.state.open_records(), time.time()), key=lambda limit: limit[1].seen)
+        limits = {
+            registry_label(registry): asdict(limit)
+            for registry, limit in stored
+            if registry_label(registry) in shared.metrics.registries
+        }
     gauges = (
         *measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits), damaged_gauge(damaged)
     )  # fmt: skip

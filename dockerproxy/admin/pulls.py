@@ -22,7 +22,7 @@ from typing import Any
 
 from attrs import frozen
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
 from dockerproxy.admin.arguments import FLAG, MAX_BODY, NAMES, SECONDS, Argument, parse_body
@@ -111,6 +111,7 @@ class PullService(Service):
         self._clock = clock
         self._pin_file = pin_file
         self._problems: tuple[str, ...] = ()  # of PIN_FILE
+        self._pin_file_lock = DeferredLock()
         self._active: dict[PullRequest, ImagePull] = {}
         self._running: dict[PullRequest, Deferred[None]] = {}
         self._waiters: set[Deferred[None]] = set()  # for the end of any pull
@@ -230,19 +231,24 @@ class PullService(Service):
 
     async def _read_pin_file(self) -> None:
         """Add the images of PIN_FILE, and remove those that it no longer has. An unreadable file changes nothing."""
+        async with self._pin_file_lock:  # or what another one read before would be applied after it
+            await self._apply_pin_file(self._pin_file)
+
+    async def _apply_pin_file(self, path: Path | None) -> None:
         listed: dict[ImageName, tuple[str, ...]] = {}
-        self._problems = ()
-        if self._pin_file is not None:
+        problems: tuple[str, ...] = ()
+        if path is not None:
             try:
-                content, _ = await in_thread(self._reactor, read_config_file, self._pin_file)
+                content, _ = await in_thread(self._reactor, read_config_file, path)
             except OSError as error:
-                self._problems = (f"PIN_FILE: {self._pin_file} cannot be read: {error.strerror}; its pins stay",)
+                self._problems = (f"PIN_FILE: {path} cannot be read: {error.strerror}; its pins stay",)
                 log.error("{problem}", problem=self._problems[0])
                 return
             file = PinFile.parse(content)
             listed = {line.image: line.platforms for line in file.lines}
-            self._problems = tuple(f"PIN_FILE: {self._pin_file}, {problem}" for problem in file.problems)
-        for problem in self._problems:
+            problems = tuple(f"PIN_FILE: {path}, {problem}" for problem in file.problems)
+        self._problems = problems
+        for problem in problems:
             log.error("{problem}; the other lines count", problem=problem)
         for pin in self._pins:
             if pin.in_file and pin.image not in listed:
@@ -327,7 +333,7 @@ class PullService(Service):
 
     async def _pull_all(self, pull: ImagePull) -> None:
         if pull.digest is None:
-            await self._puller.resolve(pull)
+            await self._puller.resolve_in_turn(pull)
         await self._puller.fetch_manifests(pull)
         await self._keep_contents(pull)
         await self._puller.fetch_blobs(pull)
@@ -408,7 +414,7 @@ class PullService(Service):
 
     async def budget(self, *, repositories: bool = True) -> dict[str, Any]:
         """Return the limits of registries, and their uses; with the names of `repositories`, or without."""
-        limits = await in_thread(self._reactor, stored_limits, self._records)
+        limits = await in_thread(self._reactor, stored_limits, self._records, self._clock())
         return {"reserve": self._budget.reserve / 100, "limits": self._budget.rows(limits, repositories=repositories)}
 
     async def _handle_pins(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
@@ -499,7 +505,8 @@ class PullService(Service):
         try:
             await self._puller.resolve(pull)
         except RegistryError as error:
-            await self._fail(pull, error)
+            if error.status != 429:  # the pull waits, and asks again
+                await self._fail(pull, error)
 
     async def _plan(self, pulls: Sequence[ImagePull]) -> dict[str, Any]:
         size = unknown = 0

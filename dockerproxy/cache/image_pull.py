@@ -10,6 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from attrs import define, field, frozen
@@ -184,6 +185,17 @@ class ImagePuller:
         if pull.is_stale:
             pull.message = f"what is cached stays, because {manifest.because}"
 
+    async def resolve_in_turn(self, pull: ImagePull) -> None:
+        """Do the same as `resolve`. If the registry refuses that for now, wait and ask again."""
+        pull.state = PullState.RESOLVING
+        try:
+            await self.resolve(pull)
+        except RegistryError as error:
+            if error.status != 429:
+                raise
+            resolve = partial(self.resolve, pull)
+            await self._budget.spend(pull, self._identity(pull), resolve, resolve)
+
     async def estimate(self, pull: ImagePull) -> Estimate:
         """Return the cost of a resolved pull. Only what is in the cache is read."""
         key, digest = repository_key(pull.request.image), pull.digest
@@ -245,15 +257,23 @@ class ImagePuller:
         if depth == _MAX_DEPTH:
             raise ManifestInvalid(f"{pull.request.image} has more than {_MAX_DEPTH} indexes in each other")
         chosen = await self._choose(pull, content) if depth == 0 else await self._all(pull, content)
-        for digest in chosen:
-            await self._add_tree(pull, await self._manifest(pull, digest), depth + 1)
+        await self._add_trees(pull, chosen, depth + 1)
+
+    async def _add_trees(self, pull: ImagePull, digests: Iterable[Digest], depth: int) -> None:
+        """Add manifests with all that they lead to. Those that are there already are not read again.
+
+        A thousand indexes may list the same thousand.
+        """
+        for digest in digests:
+            if digest not in pull.present:
+                await self._add_tree(pull, await self._manifest(pull, digest), depth)
 
     def _add(self, pull: ImagePull, digest: Digest, size: int, *, present: bool) -> None:
+        if digest not in pull.contents and len(pull.contents) >= MAX_CONTENTS:
+            raise SizeInvalid(f"{pull.request.image} consists of more than {MAX_CONTENTS} manifests and blobs")
         pull.contents[digest] = size
         if present:
             pull.present.add(digest)
-        if len(pull.contents) > MAX_CONTENTS:
-            raise SizeInvalid(f"{pull.request.image} consists of more than {MAX_CONTENTS} manifests and blobs")
 
     async def _all(self, pull: ImagePull, content: bytes) -> list[Digest]:
         return select(await self._parse(pull, parse_index, content), (), every=True)
@@ -344,8 +364,7 @@ class ImagePuller:
             try:
                 index = await self._view(pull).referrers(image.repository, subject, ReferrersQuery())
                 entries = (await self._parse(pull, parse_index, index.content))[:_MAX_REFERRERS]
-                for entry in entries:
-                    await self._add_tree(pull, await self._manifest(pull, entry.digest), 1)
+                await self._add_trees(pull, (entry.digest for entry in entries), 1)
             except RegistryError as error:
                 pull.message = f"its referrers were not fetched: {error.message}"
         if pull.digest is not None:

@@ -122,7 +122,7 @@ def tag_entries(records: Records, key: str, tag: str) -> list[TagEntry]:
             digest, checked_at = Digest.parse(entry["digest"]), float(entry["checked"])
             relayed = entry.get("relayed") is True
             entries.append(TagEntry(accept, digest, str(entry["type"]), checked_at, public, claimed, relayed))
-        except (DigestInvalid, KeyError, TypeError, ValueError):
+        except (DigestInvalid, KeyError, AttributeError, TypeError, ValueError):
             continue  # ignore a damaged entry; upstream is asked again
     return sorted(entries, key=lambda entry: -entry.checked_at)
 

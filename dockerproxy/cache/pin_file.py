@@ -10,6 +10,7 @@ The platforms behind a name are those to keep. Without them they are those that 
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 
 from attrs import frozen
 
@@ -44,7 +45,7 @@ class PinFile:
         """Read the lines. The others count even if one is wrong."""
         lines: dict[ImageName, PinnedLine] = {}
         problems: list[str] = []
-        for number, raw in enumerate(content.splitlines(), 1):
+        for number, raw in enumerate(content.removeprefix(BOM_UTF8).splitlines(), 1):
             try:
                 line = parse_line(raw.decode("utf-8"))
             except UnicodeDecodeError:

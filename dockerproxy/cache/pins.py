@@ -173,7 +173,8 @@ class Pins:
         self._keep, self._stop_keeping = keep, stop_keeping
 
     def load(self) -> None:
-        """Read the pins from disk, before anything is evicted. Blocks."""
+        """Read the pins from disk, before anything is evicted, and delete what a crash left beside them. Blocks."""
+        self._records.clear_staging()
         try:
             entries = list(self._records.walk(PIN))
         except OSError as error:
@@ -217,15 +218,20 @@ class Pins:
         """Change or add the pin of `image`, on disk first. Return it. Raise OSError, or `Denied` without room."""
         async with self._lock:
             old = self._pins.get(image)
-            new = evolve(old or Pin(image, since=self._clock()), **changes)
-            if new != old:
-                await self._write(old, new)
-            return new
+            return await self._change(old, old or Pin(image, since=self._clock()), changes)
 
     async def update(self, image: ImageName, **changes: Any) -> None:
         """Change what is known of a pin, unless it is gone. Raise as `set` does."""
-        if image in self._pins:
-            await self.set(image, **changes)
+        async with self._lock:
+            pin = self._pins.get(image)
+            if pin is not None:
+                await self._change(pin, pin, changes)
+
+    async def _change(self, old: Pin | None, pin: Pin, changes: Mapping[str, Any]) -> Pin:
+        new = evolve(pin, **changes)
+        if new != old:
+            await self._write(old, new)
+        return new
 
     async def _write(self, old: Pin | None, new: Pin) -> None:
         if old is None and len(self._pins) >= MAX_PINS:

@@ -36,6 +36,7 @@ _PROBE_TIME = 10.0  # seconds for which one request asks whether the refusal has
 _WRITE_INTERVAL = 30.0  # seconds between two records of what responses to HEAD say
 _MAX_REGISTRIES = 1000  # in memory; a wildcard has any number of them
 _MAX_LOGINS = 10_000  # logins of clients that have limits of their own
+_MAX_AHEAD = 2 * 3600.0  # seconds; the end of a refusal that is farther ahead is of a clock that was wrong
 
 # Docker Hub: ratelimit-limit: 100;w=21600, ratelimit-remaining: 76;w=21600
 _QUOTA = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9})\s*)?")
@@ -94,6 +95,13 @@ class RateLimit:
             source=source if source.isascii() and source.isprintable() and source else self.source,
             seen=now,
         )
+
+    def plausible_at(self, now: float) -> RateLimit:
+        """Return the limit with the times that are impossible at `now`, because the clock was wrong, replaced by it."""
+        if self.refused_until <= now + _MAX_AHEAD and self.since <= now and self.seen <= now:
+            return self
+        refused_until = now if self.refused_until > now + _MAX_AHEAD else self.refused_until
+        return evolve(self, refused_until=refused_until, since=min(self.since, now), seen=min(self.seen, now))
 
     def reserved(self, percent: int) -> int:
         """Return how many pulls `percent` of the limit are, which are kept for clients."""
@@ -158,13 +166,14 @@ class RateLimits:
         key = _record_key(registry, identity)
         if key is None:
             return self._of_logins.get((str(registry.host), identity)) or RateLimit()
-        record = self._records.get(*key)
+        record, now = self._records.get(*key), self._clock()
         try:
             stored = RateLimit() if record is None else RateLimit.from_record(record)
         except ValueError:
             stored = RateLimit()
         current = self._current.get(key)
-        return current if current is not None and current.seen > stored.seen else stored
+        is_newer = current is not None and (current.seen > stored.seen or stored.seen > now)
+        return (current if current is not None and is_newer else stored).plausible_at(now)
 
     def check(self, registry: Registry, identity: str) -> None:
         """Raise `UpstreamFailing` (429) if `registry` refuses pulls now.
@@ -172,7 +181,7 @@ class RateLimits:
         After that time, the first caller asks whether it still does, and the others wait for the answer.
         """
         limit, now = self.get(registry, identity), self._clock()
-        if now < limit.refused_until <= now + 2 * 3600:  # a time far ahead is from a clock that was wrong
+        if now < limit.refused_until:
             self.on_refused(registry)
             retry_after = "Retry-After", str(int(limit.refused_until - now) + 1)
             raise UpstreamFailing(limit.describe(registry), 429, headers=[retry_after, *limit.fields])
@@ -219,7 +228,7 @@ class RateLimits:
         stored = self._records.get(*key) or {}
         self._current[key] = limit
         is_new = any(stored.get(name) != getattr(limit, name) for name in ("refused_until", "limit", "since"))
-        if is_pull or is_new or limit.seen - float(stored.get("seen") or 0.0) >= _WRITE_INTERVAL:
+        if is_pull or is_new or not 0 <= limit.seen - float(stored.get("seen") or 0.0) < _WRITE_INTERVAL:
             try_put(self._records, asdict(limit), *key)
 
 
@@ -230,17 +239,17 @@ def _record_key(registry: Registry, identity: str) -> tuple[str, ...] | None:
     return (LIMIT, str(registry.host), identity) if identity.startswith(LOGIN_PREFIX) else None
 
 
-def stored_limits(records: Records) -> list[tuple[Registry, RateLimit]]:
+def stored_limits(records: Records, now: float) -> list[tuple[Registry, RateLimit]]:
     """Return what is recorded: registries, and their limits for clients without a credential or with a shared login.
 
-    A torn record is left out. Blocks.
+    A torn record is left out. `now` is POSIX time. Blocks.
     """
     limits = []
     for entry in records.walk(LIMIT):
         record = records.read(entry)
         with suppress(ValueError, NameInvalid):
             if record is not None:
-                limits.append((Registry.parse(entry.key[1]), RateLimit.from_record(record)))
+                limits.append((Registry.parse(entry.key[1]), RateLimit.from_record(record).plausible_at(now)))
     return sorted(limits, key=lambda limit: (str(limit[0]), limit[1].login or "", -limit[1].seen))
 
 

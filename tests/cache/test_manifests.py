@@ -351,6 +351,7 @@ def test_damaged_records_are_fetched_again(harness: CacheHarness) -> None:
     for record in (
         {"x": 1},
         {"x": {"digest": "no", "type": OCI, "checked": 1}},
+        {"x": {"digest": 5, "type": OCI, "checked": 1}},
         {"x": {"digest": str(Digest.of(ONE))}},
     ):
         harness.records.put(record, "tag", f"{HUB}/{APP}", "1")

@@ -86,6 +86,17 @@ def test_pins_survive_a_restart(harness: PinsHarness) -> None:
     assert not again.is_pinned(HUB_KEY, "1.28") and not again.is_pinned("quay.io/a/other")
 
 
+def test_an_update_of_a_pin_that_is_being_removed(harness: PinsHarness) -> None:
+    """A pull of it ends at the same moment. Nobody would own what it left."""
+    harness.set(NGINX, 1, by_command=True)
+    removing = Deferred.fromCoroutine(harness.pins.remove(NGINX))
+    updating = Deferred.fromCoroutine(harness.pins.update(NGINX, contents={digest(2): 90}))
+    harness.reactor.run_due_calls()
+    assert removing.called and updating.called
+    assert len(harness.pins) == len(harness.open()) == 0
+    assert harness.kept == set() and harness.pins.bytes == 0
+
+
 def test_other_processes_know_the_pins(harness: PinsHarness) -> None:
     harness.set(NGINX, 1)
     harness.set(REDIS, 2)

@@ -66,11 +66,11 @@ def test_a_torn_record_is_left_out(tmp_path: Path, limits: RateLimits) -> None:
     long_name = Registry.parse(".".join(["long-label"] * 15))
     limits.note(long_name, PUBLIC, "GET", 429, Headers([("Retry-After", "600")]))
     records = Records(tmp_path / "records")
-    assert {registry for registry, _ in stored_limits(records)} == {DOCKER_HUB, long_name}
+    assert {registry for registry, _ in stored_limits(records, NOW)} == {DOCKER_HUB, long_name}
     for entry in list(records.walk(LIMIT)):
         if entry.key[-1] == str(long_name.host):
             Path(entry.path).write_bytes(b"{")
-    assert [registry for registry, _ in stored_limits(records)] == [DOCKER_HUB]
+    assert [registry for registry, _ in stored_limits(records, NOW)] == [DOCKER_HUB]
 
 
 @pytest.mark.parametrize("value", ["", "many", "-1", "100;w=", "100;w=x", "100,200", "1" * 10, "\u0663", "1;w=1;x=2"])
@@ -176,7 +176,7 @@ def test_a_login_of_the_administrators_has_a_record(tmp_path: Path, limits: Rate
     assert not is_refused(limits)
     other = RateLimits(Records(tmp_path / "records"), clock)
     assert is_refused(other, identity="login:abc")
-    ((registry, limit),) = stored_limits(Records(tmp_path / "records"))
+    ((registry, limit),) = stored_limits(Records(tmp_path / "records"), NOW)
     assert (registry, limit.login) == (DOCKER_HUB, "deploy")
     assert "raises the limit" not in limit.describe(DOCKER_HUB)
 
@@ -214,6 +214,34 @@ def test_odd_records_refuse_nothing(tmp_path: Path, limits: RateLimits, record: 
     assert not is_refused(limits)
     limits.note(DOCKER_HUB, PUBLIC, "GET", 200, FIELDS)
     assert limits.get(DOCKER_HUB).remaining == 34
+
+
+def test_a_clock_that_was_years_ahead(tmp_path: Path, limits: RateLimits, clock: Clock) -> None:
+    """A machine without a clock of its own has one, until it hears of the time. Its records are of the future."""
+    clock.now += 20 * 365 * 86400
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 429, Headers([("Retry-After", "600"), *FIELDS]))
+    clock.now = NOW
+    records = Records(tmp_path / "records")
+    ((_, stored),) = stored_limits(records, NOW)
+    for process in (limits, RateLimits(records, clock)):
+        for limit in (process.get(DOCKER_HUB), stored):
+            assert (limit.refused_until, limit.since, limit.seen) == (NOW, NOW, NOW)
+            assert limit.turns_at(NOW) == NOW + 21600
+    clock.now += 1
+    limits.note(DOCKER_HUB, PUBLIC, "HEAD", 200, Headers([("ratelimit-remaining", "33;w=21600")]))
+    clock.now += 1
+    limits.note(DOCKER_HUB, PUBLIC, "HEAD", 200, Headers([("ratelimit-remaining", "32;w=21600")]))
+    assert limits.get(DOCKER_HUB).remaining == 32
+    assert not is_refused(RateLimits(records, clock)) and is_refused(limits)  # while one process asks
+    limits.note(DOCKER_HUB, PUBLIC, "GET", 200, NOTHING)
+    clock.now += 20 * 365 * 86400
+    assert not is_refused(limits)
+
+
+def test_a_limit_without_impossible_times_is_as_it_was() -> None:
+    limit = RateLimit(100, 21600, 34, seen=NOW, refused_until=NOW + 7200, since=NOW)
+    assert limit.plausible_at(NOW) is limit
+    assert limit.plausible_at(NOW - 1).refused_until == NOW - 1
 
 
 def test_each_pull_is_recorded_but_not_each_head(tmp_path: Path, limits: RateLimits, clock: Clock) -> None:
