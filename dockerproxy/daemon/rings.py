@@ -114,21 +114,21 @@ class RingFile:
                 raise _Unusable("it is no regular file") from None
             raise
         try:
-            self._check(fd)
+            self._check(fd, is_written=bool(flags & os.O_CREAT))
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    def _check(self, fd: int) -> None:
+    def _check(self, fd: int, *, is_written: bool) -> None:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise _Unusable("it is no regular file")
         size = _HEADER.size + self.rows * _ROW
         header = _HEADER.pack(_MAGIC, _VERSION, self.step, self.rows, 1 + VALUES)
         if not status.st_size:
-            os.ftruncate(fd, size)  # sparse: a row takes a block of the disk when it is written
-            os.pwrite(fd, header, 0)
+            if is_written:
+                self._begin(fd, header, size)
             return
         found = os.pread(fd, _HEADER.size, 0)
         if found == header and status.st_size == size:
@@ -139,6 +139,16 @@ class RingFile:
         if version != _VERSION:
             raise _Unusable(f"it is of version {version} of the format, and this program knows version {_VERSION}")
         raise _Unusable("its size is wrong")
+
+    def _begin(self, fd: int, header: bytes, size: int) -> None:
+        """Write the header of a new file. It stays empty if the disk is full, because no header says it is damaged."""
+        try:
+            if os.pwrite(fd, header, 0) != len(header):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.path)
+            os.ftruncate(fd, size)  # sparse: a row takes a block of the disk when it is written
+        except OSError:
+            os.ftruncate(fd, 0)
+            raise
 
     def _set_aside(self, reason: str) -> None:
         aside = f"{self.path}.set-aside"

@@ -15,7 +15,7 @@ from typing import Any
 from attrs import define, field, frozen
 from twisted.logger import Logger
 
-from dockerproxy.store.files import Staging
+from dockerproxy.store.files import history_staging
 from dockerproxy.store.tree_reader import list_names, read_small
 
 _DAYS = 90  # that are kept
@@ -25,6 +25,7 @@ _MAX_CLIENTS_OF_ONE = 2000  # of a repository on one day
 _MAX_SIZE = 8 * 1024 * 1024  # bytes of a file
 _VERSION = 1
 _NAME = re.compile(r"pulls-(\d{4}-\d\d-\d\d)\.json")
+_ASIDE = re.compile(r"pulls.*\.aside")
 _DAY = 86400.0
 
 log = Logger()
@@ -71,7 +72,7 @@ class DailyPulls:
                 "repositories": {name: [total, sorted(names)] for name, (total, names) in self._today.items()},
             }
             content = json.dumps(document, separators=(",", ":")).encode()
-            Staging(self.directory, private=True).write(content, self._path(self._day))
+            history_staging(self.directory).write(content, self._path(self._day))
 
     def drop_old(self) -> None:
         """Delete the files of days that are too old. Raise OSError."""
@@ -80,10 +81,10 @@ class DailyPulls:
                 os.unlink(self._path(day))
 
     def remove(self) -> None:
-        """Delete all counts."""
-        for day in self._days():
+        """Delete all counts, and what was set aside."""
+        for path in (*map(self._path, self._days()), *aside_files(self.directory)):
             with suppress(FileNotFoundError):
-                os.unlink(self._path(day))
+                os.unlink(path)
 
     def pulls(self, days: int = 30) -> Mapping[str, int]:
         """Return the pulls of each repository in the last `days` days."""
@@ -121,7 +122,7 @@ class DailyPulls:
             return {} if content is None else _parse(content)
         except OSError as error:
             log.warn("{path} cannot be read: {reason}", path=path, reason=error.strerror)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
             log.warn("{path} is damaged or of another version; it is set aside as {path}.aside", path=path)
             with suppress(OSError):
                 os.replace(path, f"{path}.aside")
@@ -135,6 +136,11 @@ class DailyPulls:
 
     def _path(self, day: str) -> str:
         return f"{self.directory}/pulls-{day}.json"
+
+
+def aside_files(directory: str) -> list[str]:
+    """Return the paths of the files that were set aside: those of this module, and of the journal beside them."""
+    return [f"{directory}/{name}" for name in list_names(directory) if _ASIDE.fullmatch(name)]
 
 
 def _parse(content: bytes) -> dict[str, tuple[int, set[str]]]:

@@ -169,6 +169,11 @@ class Staging:
             return os.open(path, flags, mode)
 
 
+def history_staging(directory: str) -> Staging:
+    """Return the temporary files of `directory`, STATE_DIR/history."""
+    return Staging(f"{directory}/staging", private=True)
+
+
 def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
     """Write all `chunks` at `offset`, repeating partial writes. Return the number of bytes written."""
     start = offset

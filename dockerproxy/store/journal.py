@@ -13,8 +13,8 @@ import json
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeGuard
 
@@ -71,32 +71,42 @@ class Journal:
 
         `is_wanted`, if given, says of a line whether it is worth to be parsed.
         """
-        for path in (self.path, f"{self.path}.1"):
-            for line in self._lines_backwards(path):
-                if is_wanted is None or is_wanted(line):
-                    entry = _parse(line)
-                    if _is_entry(entry):
-                        yield entry
+        with ExitStack() as files:
+            # Open both before one is read: if the first becomes the second meanwhile, its entries would come twice.
+            opened: list[int] = []
+            for path in (self.path, f"{self.path}.1"):
+                fd = self._open_to_read(path)
+                if fd is not None:
+                    files.callback(os.close, fd)
+                    if not any(os.path.sameopenfile(fd, other) for other in opened):
+                        opened.append(fd)
+            for fd in opened:
+                for line in _lines_backwards(fd):
+                    if is_wanted is None or is_wanted(line):
+                        entry = _parse(line)
+                        if _is_entry(entry):
+                            yield entry
 
     def drop(self, is_old: Callable[[Entry], bool]) -> None:
-        """Remove the entries that are old. They are the first ones, because time goes on. Raise OSError."""
+        """Remove the entries that are old, wherever they are: the clock may have been set back. Raise OSError."""
         with self._locked():
             for path in (f"{self.path}.1", self.path):
-                kept = deque[bytes]()
-                for line in self._lines_backwards(path):
-                    entry = _parse(line)
-                    if _is_entry(entry) and is_old(entry):
-                        self._replace(path, kept)
-                        break
-                    if _is_entry(entry):
-                        kept.appendleft(line + b"\n")
+                fd = self._open_to_read(path)
+                if fd is None:
+                    continue
+                try:
+                    kept, has_old = _split(_lines_backwards(fd), is_old)
+                finally:
+                    os.close(fd)
+                if has_old:
+                    self._replace(path, kept)
 
     def remove(self) -> bool:
-        """Delete both generations. Return whether there was one."""
+        """Delete both generations, and what was set aside. Return whether there was anything."""
         removed = False
-        for path in (self.path, f"{self.path}.1"):
+        for suffix in ("", ".1", ".new", ".aside"):
             with suppress(*Missing):
-                os.unlink(path)
+                os.unlink(f"{self.path}{suffix}")
                 removed = True
         return removed
 
@@ -107,10 +117,15 @@ class Journal:
         temporary = f"{self.path}.new"  # only the holder of the lock writes it
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            _write_all(fd, self._header + b"".join(lines))
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
+            try:
+                _write_all(fd, self._header + b"".join(lines))
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except OSError:  # a full disk, which it would help to fill
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
     @property
     def _header(self) -> bytes:
@@ -163,16 +178,21 @@ class Journal:
             return not first_line  # new, or nothing was written yet
         return header.get("journal") == self.kind and header.get("version") == _VERSION
 
-    def _lines_backwards(self, path: str) -> Iterator[bytes]:
+    def _open_to_read(self, path: str) -> int | None:
+        """Open a generation, None if there is none or it is not ours. Raise OSError."""
         try:
             fd = open_regular(path)
         except (*Missing, UnsafeFile):
-            return
+            return None
         try:
-            if self._is_ours(fd):
-                yield from _lines_backwards(fd)
-        finally:
+            is_ours = self._is_ours(fd)
+        except OSError:
             os.close(fd)
+            raise
+        if is_ours:
+            return fd
+        os.close(fd)
+        return None
 
 
 class Appendable(Protocol):
@@ -258,6 +278,19 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _is_entry(entry: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Return whether this is an entry, and neither the first line nor a torn one."""
     return entry is not None and "version" not in entry
+
+
+def _split(lines: Iterable[bytes], is_old: Callable[[Entry], bool]) -> tuple[deque[bytes], bool]:
+    """Return the lines of the entries that are not old, given the last one first, and whether others are."""
+    kept, has_old = deque[bytes](), False
+    for line in lines:
+        entry = _parse(line)
+        if _is_entry(entry):
+            if is_old(entry):
+                has_old = True
+            else:
+                kept.appendleft(line + b"\n")
+    return kept, has_old
 
 
 def _write_all(fd: int, data: bytes) -> None:

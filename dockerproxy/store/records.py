@@ -167,10 +167,13 @@ def _escape(component: str) -> str:
 
 
 def _unescape(name: str) -> str | None:
-    """Return the text that `_escape` turned into `name`, or None if that is a hash."""
+    """Return the text that `_escape` turned into `name`, or None if that is a hash, or `name` is none of ours."""
     if name.startswith("~"):
         return "" if name == "~" else None
-    return unquote(name, errors="surrogatepass")
+    try:
+        return unquote(name, errors="surrogatepass")
+    except UnicodeDecodeError:
+        return None
 
 
 def _record_entry(path: str, names: tuple[str, ...], max_size: int) -> RecordEntry | None:

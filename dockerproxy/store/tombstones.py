@@ -24,7 +24,7 @@ from twisted.logger import Logger
 
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.files import Staging
+from dockerproxy.store.files import history_staging
 from dockerproxy.store.tree_reader import read_small
 
 MAX_DIGESTS, MAX_LINKS = 10_000, 20_000
@@ -111,8 +111,13 @@ class Tombstones:
         """Write the rings, if they have changed since the last call. Raise OSError. Blocks."""
         with self._lock:
             content, is_changed, self._is_changed = self._memory[:], self._is_changed, False
-        if is_changed:
-            Staging(os.path.dirname(path), private=True).write(_MAGIC + content, path)
+        if not is_changed:
+            return
+        try:
+            history_staging(os.path.dirname(path)).write(_MAGIC + content, path)
+        except OSError:
+            self._is_changed = True  # so that the next call tries again
+            raise
 
     # every process
 

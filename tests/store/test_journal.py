@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.logger import LogEvent, globalLogPublisher
 
+from dockerproxy.store import journal as journal_module
 from dockerproxy.store.journal import BackgroundJournal, Journal, bounded
 from tests.store.support.reactor import SteppedReactor
 
@@ -167,6 +168,61 @@ def test_old_entries_are_dropped(journal: Journal) -> None:
     assert numbers(journal)[0] == 150
     assert journal.remove() and not journal.remove()
     assert numbers(journal) == []
+
+
+def test_old_entries_between_newer_ones_are_dropped_alone(journal: Journal) -> None:
+    """The clock of a machine without a battery is wrong after each start."""
+    journal.append([{"n": 5}, {"n": 1}, {"n": 6}])
+    journal.drop(lambda entry: entry["n"] < 5)
+    assert numbers(journal) == [6, 5]
+
+
+def test_entries_come_once_if_the_file_is_rotated_meanwhile(journal: Journal) -> None:
+    journal.append([{"n": 1}, {"n": 2}])
+    reading = journal.read_backwards()
+    assert next(reading)["n"] == 2
+    os.replace(journal.path, f"{journal.path}.1")
+    journal.append([{"n": 3}])
+    assert [entry["n"] for entry in reading] == [1]
+    assert numbers(journal) == [3, 2, 1]
+
+
+def test_a_rotation_between_two_steps_shows_no_entry_twice(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.append([{"n": 1}])
+    open_regular = journal_module.open_regular
+
+    def rotate_after(path: str) -> int:
+        fd = open_regular(path)
+        if path == journal.path:
+            os.replace(path, f"{path}.1")
+        return fd
+
+    monkeypatch.setattr(journal_module, "open_regular", rotate_after)
+    assert numbers(journal) == [1]
+
+
+def test_a_full_disk_keeps_all_entries_when_old_ones_are_dropped(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.append([{"n": 1}, {"n": 2}])
+
+    def refuse(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", refuse)
+        with pytest.raises(OSError):
+            journal.drop(lambda entry: entry["n"] < 2)
+    assert os.listdir(os.path.dirname(journal.path)) == ["test.jsonl"]
+    assert numbers(journal) == [2, 1]
+
+
+def test_all_of_a_journal_is_removed(journal: Journal) -> None:
+    journal.append([{"n": 1}])
+    for suffix in (".1", ".new", ".aside"):
+        Path(f"{journal.path}{suffix}").write_bytes(b"192.0.2.1")
+    assert journal.remove() and not journal.remove()
+    assert os.listdir(os.path.dirname(journal.path)) == []
 
 
 def test_the_background_journal_waits_for_no_disk(journal: Journal) -> None:

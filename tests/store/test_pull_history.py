@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 from attrs import define, field
 
+from dockerproxy.store import journal
 from dockerproxy.store.daily_pulls import DailyPulls, Popularity
+from dockerproxy.store.journal import Journal
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
 from tests.store.support.reactor import SteppedReactor
 
 DAY = 86400.0
+ROW: dict[str, Any] = {
+    "time": "2027-01-15T08:00:00Z", "client": "192.0.2.1", "user": None, "user_agent": None, "where": "cached",
+    "repository": "docker.io/library/nginx", "kind": "manifest", "reference": "1.29", "status": 200, "verdict": "HIT",
+    "because": "", "bytes": 10, "requests": 1, "pulls": 1,
+}  # fmt: skip
 
 
 @define
@@ -28,8 +35,7 @@ class Harness:
         self.history = PullHistory(str(self.folder / "history"), lifetime, lambda: self.now)
 
     def pull(self, repository: str = "docker.io/library/nginx", client: str = "192.0.2.1", pulls: int = 1) -> None:
-        row = {"repository": repository, "client": client, "pulls": pulls, "where": "cached", "time": self.text}
-        self.history.append([row])
+        self.history.append([{**ROW, "repository": repository, "client": client, "pulls": pulls, "time": self.text}])
 
     @property
     def text(self) -> str:
@@ -70,12 +76,73 @@ def test_old_rows_are_neither_shown_nor_kept(harness: Harness) -> None:
     assert harness.clients == ["192.0.2.2"]
 
 
+def test_rows_of_a_wrong_clock_hide_and_remove_no_others(harness: Harness) -> None:
+    """A machine without a battery is in 1970 until it hears of the time, after each start."""
+    harness.pull(client="before")
+    now, harness.now = harness.now, 60.0
+    for _ in range(50):
+        harness.pull(client="in 1970")
+    harness.history.clean()
+    harness.now = now + DAY
+    harness.pull(client="after")
+    assert harness.clients == ["after", "before"]
+    harness.history.clean()
+    assert harness.clients == ["after", "before"]
+    assert b"1970" not in Path(harness.history.path).read_bytes()
+
+
+def test_old_rows_are_not_read_to_the_last(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.history.append([{**ROW, "time": harness.text, "client": str(number)} for number in range(20_000)])
+    harness.now += DAY
+    harness.pull(client="new")
+    parsed = []
+    parse = journal._parse
+
+    def count(line: bytes) -> Any:
+        parsed.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(journal, "_parse", count)
+    assert [row["client"] for row in harness.history.read(harness.now - 60)] == ["new"]
+    assert len(parsed) < 2000
+
+
+def test_lines_that_are_no_rows_are_left_out(harness: Harness) -> None:
+    """Somebody has edited the file, or the disk is damaged."""
+    harness.pull(client="of a row")
+    row = {**ROW, "kind": "blob", "time": harness.text, "blobs": 1, "digests": []}
+    values: tuple[Any, ...] = (1.5, [], {})
+    odd = [{**row, name: value} for name in (*ROW, "blobs") for value in values]
+    missing = [{other: row[other] for other in row if other != name} for name in ("time", "status", "blobs")]
+    Journal(harness.history.path, "pulls", 1 << 20).append([*odd, *missing, {}, {"time": harness.text}])
+    assert harness.clients == ["of a row"]
+
+
 def test_a_history_that_is_switched_off_is_deleted(harness: Harness) -> None:
     harness.pull()
+    folder = harness.folder / "history"
+    for name in ("pulls.jsonl.aside", "pulls.jsonl.new", "pulls-2026-01-01.json.aside", "staging/1234"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"192.0.2.1")
+    harness.history.clear_staging()
     harness.restart(lifetime=0)
     harness.history.clean()
     assert os.listdir(harness.folder / "history") == []
     assert dict(harness.history.counts.pulls()) == {}
+
+
+def test_files_that_were_set_aside_are_kept_as_long_as_rows(harness: Harness) -> None:
+    harness.pull()
+    paths = [harness.folder / "history" / name for name in ("pulls.jsonl.aside", "pulls-2026-01-01.json.aside")]
+    for path in paths:
+        path.write_bytes(b"192.0.2.1")
+        os.utime(path, (harness.now, harness.now))
+    harness.now += 29 * DAY
+    harness.history.clean()
+    assert all(path.exists() for path in paths)
+    harness.now += 2 * DAY
+    harness.history.clean()
+    assert not any(path.exists() for path in paths)
 
 
 def test_pulls_and_hosts_of_the_last_days(harness: Harness) -> None:
@@ -108,9 +175,7 @@ def test_counts_go_on_after_a_restart_and_end_after_90_days(harness: Harness) ->
 
 
 def test_a_hosted_repository_has_a_name_of_its_own(harness: Harness) -> None:
-    harness.history.append(
-        [{"repository": "docker.io/x", "client": "a", "pulls": 1, "where": "hosted", "time": harness.text}]
-    )
+    harness.history.append([{**ROW, "repository": "docker.io/x", "where": "hosted", "time": harness.text}])
     assert dict(harness.history.counts.pulls()) == {"hosted/docker.io/x": 1}
 
 
@@ -132,8 +197,9 @@ def test_the_counts_of_a_day_are_bounded(harness: Harness) -> None:
         b'{"version":2,"repositories":{}}',
         b'{"version":1,"repositories":{"a":1}}',
         b"[" * 9999,
+        b'{"version":1,"repositories":{"a":[1e999,[]]}}',
     ],
-    ids=["empty", "torn", "list", "binary", "newer", "other", "nested"],
+    ids=["empty", "torn", "list", "binary", "newer", "other", "nested", "infinite"],
 )
 def test_a_file_of_counts_that_cannot_be_used_is_set_aside(harness: Harness, content: bytes) -> None:
     harness.pull()

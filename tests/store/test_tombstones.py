@@ -101,6 +101,19 @@ def test_a_file_that_cannot_be_used_is_set_aside(tmp_path: Path, damage: str) ->
     assert (tmp_path / "evicted.aside").exists() is (damage != "directory")
 
 
+def test_what_a_full_disk_refused_is_saved_later(tmp_path: Path) -> None:
+    tombstones, path = Tombstones(), f"{tmp_path}/history/evicted"
+    tombstones.note_evicted([(Digest.of(b"1"), 60.0)], NOW, made_room=True)
+    (tmp_path / "history").write_bytes(b"no directory")
+    with pytest.raises(OSError):
+        tombstones.save(path)
+    (tmp_path / "history").unlink()
+    tombstones.save(path)
+    again = Tombstones()
+    again.load(path)
+    assert again.last_idle == 60
+
+
 def test_the_service_saves_at_the_end_and_a_full_disk_fails_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     tombstones = Tombstones()
