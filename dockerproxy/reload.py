@@ -158,6 +158,11 @@ def reloadable_variables(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: variables.get(name, "") for name in map(variable_name, attributes)}
 
 
+def settings_in_force(initial: Settings, current: Settings) -> Settings:
+    """Return the settings after a reload: those of `current` that it applies, and the others of the start."""
+    return evolve(initial, **{name: getattr(current, name) for name in RELOADABLE})
+
+
 class RegistryTable:
     """The registries that are served now. `update` modifies the mappings and the set in place."""
 

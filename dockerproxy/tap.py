@@ -81,7 +81,7 @@ from dockerproxy.proxy.trusted_proxies import TrustedProxies
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
-from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables
+from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables, settings_in_force
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.daily_pulls import DailyPulls
@@ -173,6 +173,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     refusing_clients = RefusingClients(time.time)
     shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts, refusing_clients)
     pull_history = PullHistory(str(settings.state_dir / "history"), settings.pull_history)
+    pull_history.clear_staging()
     recorder = BackgroundJournal(reactor, pull_history)
     reactor.addSystemEventTrigger("after", "shutdown", recorder.flush)
     shared_state.record_pull = recorder.append
@@ -209,11 +210,20 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             workers.supervisor,
             tombstones,
         ),
-        doctor_settings(configuration, state.warnings),
+        doctor_settings(configuration, configuration, state.warnings),
     )
     shared_state.doctor_report = doctor.report_for_page
     overview.sources.notices = partial(find_notices, doctor, server.metrics)
-    apply = partial(apply_configuration, server, workers.supervisor, shared_state, pulls, doctor)
+    apply = partial(
+        apply_configuration,
+        server,
+        workers.supervisor,
+        shared_state,
+        pulls,
+        doctor,
+        partial(doctor_settings, configuration, warnings=state.warnings),
+        settings,
+    )
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
     explainer = build_explainer(settings, state, server, tombstones, pull_history)
@@ -425,18 +435,22 @@ async def apply_configuration(
     shared_state: SharedState,
     pulls: PullService,
     doctor: Doctor,
+    settings_of_doctor: Callable[[Configuration], DoctorSettings],
+    initial: Settings,
     configuration: Configuration,
 ) -> list[str]:
     """Apply the settings that may change in all processes. Return a sentence for each worker that failed.
 
-    Raise `HtpasswdError` or OSError if they cannot be applied here. Then they change nothing.
+    The others are as in `initial`, the settings of the start. Raise `HtpasswdError` or OSError if they cannot be
+    applied here. Then they change nothing.
     """
-    server.metrics.add_registries(map(registry_label, configuration.settings.intercepted))
-    server.reconfigure(configuration.settings)
+    settings = settings_in_force(initial, configuration.settings)
+    server.reconfigure(settings)  # first, because it may raise
+    server.metrics.add_registries(map(registry_label, settings.intercepted))
     configure_provider(shared_state.logins, configuration)
     shared_state.ended_logins.clear()
-    pulls.reconfigure(configuration.settings.rate_reserve, configuration.settings.pin_file)
-    doctor.configure(doctor_settings(configuration))
+    pulls.reconfigure(settings.rate_reserve, settings.pin_file)
+    doctor.configure(settings_of_doctor(configuration))
     return await supervisor.reload(reloadable_variables(configuration.variables))
 
 
@@ -468,12 +482,15 @@ def daemon_facts(
     }
 
 
-def doctor_settings(configuration: Configuration, warnings: Sequence[str] = ()) -> DoctorSettings:
-    """Return the settings of the doctor; `warnings` are other sentences about settings."""
+def doctor_settings(initial: Configuration, current: Configuration, warnings: Sequence[str]) -> DoctorSettings:
+    """Return the settings of the doctor: those in force after the start with `initial` and a reload of `current`.
+
+    `warnings` are other sentences about settings.
+    """
     names = ("UPSTREAM_PROXY", "HTTPS_PROXY", "https_proxy")
-    proxy_setting = next((name for name in names if configuration.variables.get(name, "").strip()), names[0])
-    warnings = (*configuration.settings.warnings, *warnings)
-    return DoctorSettings(configuration.settings, warnings, configuration.unread, proxy_setting)
+    proxy_setting = next((name for name in names if initial.variables.get(name, "").strip()), names[0])
+    settings = settings_in_force(initial.settings, current.settings)
+    return DoctorSettings(settings, (*settings.warnings, *warnings), current.unread, proxy_setting)
 
 
 def build_doctor_sources(
@@ -491,7 +508,8 @@ def build_doctor_sources(
     records = server.state.open_records()
 
     def limits() -> list[dict[str, Any]]:
-        return [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in stored_limits(records)]
+        stored = stored_limits(records, time.time())
+        return [{"registry": registry_label(registry), **asdict(limit)} for registry, limit in stored]
 
     return DoctorSources(
         reactor=reactor,

@@ -10,10 +10,12 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bcrypt
 import pytest
+from attrs import evolve
 from twisted.internet.defer import Deferred
 
 import dockerproxy
@@ -22,8 +24,16 @@ from dockerproxy.daemon.systemd import Notifier
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Registry
 from dockerproxy.registry.htpasswd import HtpasswdError
-from dockerproxy.reload import Configuration, RegistryTable, Reloader, describe_error, reloadable_variables
+from dockerproxy.reload import (
+    Configuration,
+    RegistryTable,
+    Reloader,
+    describe_error,
+    reloadable_variables,
+    settings_in_force,
+)
 from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.tap import apply_configuration, doctor_settings
 from dockerproxy.upstream.authorizer import Authorizer
 from tests.support.audit import make_audit_log
 from tests.twistd import twistd_command
@@ -38,6 +48,10 @@ QUAY, LOCAL = Registry.parse("quay.io"), Registry.parse("http://registry.test:50
 
 def settings(**variables: str) -> Settings:
     return Settings.from_environment(variables)
+
+
+def configuration(**variables: str) -> Configuration:
+    return Configuration(settings(**variables), variables)
 
 
 class RecordingNotifier(Notifier):
@@ -206,6 +220,48 @@ def test_reloads_run_one_after_the_other(harness: ReloadHarness) -> None:
         "RELOADING",
         "READY serving registry-1.docker.io, ghcr.io",
     ]
+
+
+def test_settings_that_need_a_restart_are_those_of_the_start() -> None:
+    """Also for the doctor, and in the main process as in the workers, which hear of the others only."""
+    initial = configuration(REGISTRIES="quay.io", REGISTRY_HOSTNAME="a.test", HTTPS_PROXY="http://a.test:8080")
+    current = configuration(REGISTRIES="ghcr.io", REGISTRY_HOSTNAME="b.test", UPSTREAM_PROXY="http://b.test:8080")
+    in_force = settings_in_force(initial.settings, current.settings)
+    assert [str(registry) for registry in in_force.extra_registries] == ["ghcr.io"]
+    assert in_force.registry_hostname == ("a.test",)
+    assert settings_in_force(initial.settings, initial.settings) == initial.settings
+    doctor = doctor_settings(initial, evolve(current, unread=("TYPO",)), ["CACHE_DIR is on NFS"])
+    assert doctor.settings.upstream_proxy == initial.settings.upstream_proxy
+    assert (doctor.proxy_setting, doctor.unread) == ("HTTPS_PROXY", ("TYPO",))
+    assert doctor.warnings == ("CACHE_DIR is on NFS",)
+
+
+def test_settings_that_cannot_be_applied_add_no_registry_to_the_metrics() -> None:
+    calls: list[str] = []
+
+    def note(name: str) -> Any:
+        def call(*_: object) -> Any:
+            calls.append(name)
+            if name == refused:
+                raise HtpasswdError("no")
+
+        return call
+
+    def apply() -> Any:
+        calls.clear()
+        parts: Any = SimpleNamespace(
+            reconfigure=note("reconfigure"), configure=note("configure"), prefetch=note("prefetch"),
+            reload=note("workers"), metrics=SimpleNamespace(add_registries=note("metrics")),
+            logins=SimpleNamespace(configure=note("logins"), prefetch=note("prefetch")),
+            ended_logins=SimpleNamespace(clear=note("ended logins")),
+        )  # fmt: skip
+        new = configuration(REGISTRIES="ghcr.io")
+        return apply_configuration(parts, parts, parts, parts, parts, lambda _: parts, new.settings, new)
+
+    refused = "reconfigure"
+    with pytest.raises(HtpasswdError):
+        apply().send(None)
+    assert calls == ["reconfigure"]
 
 
 def test_configuration_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
-from attrs import frozen
+from attrs import define, field, frozen
 from twisted.internet.defer import Deferred, DeferredSemaphore, TimeoutError, gatherResults
 
 from dockerproxy.doctor.checks import LoginFacts, RegistryFacts
@@ -23,7 +23,19 @@ from dockerproxy.upstream.urls import split_url
 
 ANSWER_LIMIT = 8.0
 """Seconds for the answer of one server."""
+EXAMINATION_LIMIT = 14.0
+"""Seconds for all of them. A check has `run.NETWORK_LIMIT`, after which none of its findings is known."""
 _MAX_PARALLEL = 64  # servers that are asked at the same time
+
+
+@define(eq=False)
+class _Run:
+    """One examination: the reactor's time at which it ends, the names of the registries, and the token servers."""
+
+    deadline: float
+    hosts: set[str]
+    asked_realms: set[Registry] = field(factory=set)
+    realms: list[RegistryFacts] = field(factory=list)  # those with an error
 
 
 class Logins(Protocol):
@@ -50,38 +62,55 @@ class RegistryExaminer:
     _now: Callable[[], float]
 
     async def examine(self, registries: Iterable[Registry]) -> tuple[list[RegistryFacts], list[LoginFacts]]:
-        """Return facts about `registries`, about their token servers, and about the logins for them."""
+        """Return facts about `registries`, about their token servers, and about the logins for them.
+
+        It takes `EXAMINATION_LIMIT` seconds at most, however many of them say nothing.
+        """
         registries = list(registries)
+        run = _Run(self._reactor.seconds() + EXAMINATION_LIMIT, {registry.host.name for registry in registries})
         tokens = DeferredSemaphore(_MAX_PARALLEL)
-        works = [tokens.run(self._start, registry) for registry in registries]
-        results = await gatherResults(works)
-        facts = [fact for fact, _, _ in results]
-        logins = [login for _, login, _ in results if login is not None]
-        hosts = {registry.host.name for registry in registries}
-        realms = {realm for _, _, realm in results if realm is not None and realm.host.name not in hosts}
-        named = sorted(realms, key=str)
-        answers = await gatherResults([tokens.run(self._start_realm, realm) for realm in named])
-        return [*facts, *(answer for answer in answers if answer.error)], logins
+        results = await gatherResults([tokens.run(self._start, registry, run) for registry in registries])
+        logins = [login for _, login in results if login is not None]
+        return [*(facts for facts, _ in results), *sorted(run.realms, key=lambda facts: facts.name)], logins
 
-    def _start(self, registry: Registry) -> Deferred[tuple[RegistryFacts, LoginFacts | None, Registry | None]]:
-        return Deferred.fromCoroutine(self._examine(registry))
+    def _start(self, registry: Registry, run: _Run) -> Deferred[tuple[RegistryFacts, LoginFacts | None]]:
+        return Deferred.fromCoroutine(self._examine(registry, run))
 
-    def _start_realm(self, realm: Registry) -> Deferred[RegistryFacts]:
-        async def examine() -> RegistryFacts:
-            examination = await self._agent.examine(realm, ANSWER_LIMIT, self._address_check)
-            return registry_facts(realm, examination, self._now())
-
-        return Deferred.fromCoroutine(examine())
-
-    async def _examine(self, registry: Registry) -> tuple[RegistryFacts, LoginFacts | None, Registry | None]:
-        examination = await self._agent.examine(registry, ANSWER_LIMIT)
+    async def _examine(self, registry: Registry, run: _Run) -> tuple[RegistryFacts, LoginFacts | None]:
+        limit = self._time_left(run)
+        if limit <= 0:
+            return RegistryFacts(name_of(registry), "it was not asked, because others took too long"), None
+        examination = await self._agent.examine(registry, limit)
         facts = registry_facts(registry, examination, self._now())
         response = examination.response
-        challenges = [] if response is None else parse_challenges(response.headers.all("www-authenticate"))
-        login = None if response is None else await self._examine_login(registry, challenges)
-        return facts, login, realm_of(challenges)
+        if response is None:
+            return facts, None
+        challenges = parse_challenges(response.headers.all("www-authenticate"))
+        # Both at once, because a token server that says nothing keeps both waiting.
+        realm = Deferred.fromCoroutine(self._examine_realm(realm_of(challenges), run))
+        login = await self._examine_login(registry, challenges, self._time_left(run))
+        await realm
+        return facts, login
 
-    async def _examine_login(self, registry: Registry, challenges: Sequence[Challenge]) -> LoginFacts | None:
+    async def _examine_realm(self, realm: Registry | None, run: _Run) -> None:
+        """Add facts about a token server, unless it is one of the registries, works, or was asked before."""
+        limit = self._time_left(run)
+        if realm is None or realm.host.name in run.hosts or realm in run.asked_realms or limit <= 0:
+            return
+        run.asked_realms.add(realm)
+        examination = await self._agent.examine(realm, limit, self._address_check)
+        facts = registry_facts(realm, examination, self._now())
+        if facts.error:
+            run.realms.append(facts)
+
+    def _time_left(self, run: _Run) -> float:
+        """Return the seconds that one server has for its answer."""
+        left: float = run.deadline - self._reactor.seconds()
+        return min(ANSWER_LIMIT, left)
+
+    async def _examine_login(
+        self, registry: Registry, challenges: Sequence[Challenge], limit: float
+    ) -> LoginFacts | None:
         login = self._logins.configured_login(registry)
         if login is None or not challenges:
             return None
@@ -91,11 +120,11 @@ class RegistryExaminer:
                 return LoginFacts(name_of(registry), setting, refusal=str(refused["reason"]))
         self._authorizer.add_challenges(registry, challenges)
         work = Deferred.fromCoroutine(self._authorizer.refusal(registry, login))
-        work.addTimeout(ANSWER_LIMIT, self._reactor)
+        work.addTimeout(max(limit, 0.0), self._reactor)
         try:
             return LoginFacts(name_of(registry), setting, refusal=await work or "")
         except TimeoutError:
-            return LoginFacts(name_of(registry), setting, unknown=f"no answer within {ANSWER_LIMIT:g} s")
+            return LoginFacts(name_of(registry), setting, unknown=f"no answer within {limit:.0f} s")
         except RegistryError as error:
             return LoginFacts(name_of(registry), setting, unknown=error.message)
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from attrs import frozen
+from attrs import field, frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock, deferLater
 
-from dockerproxy.doctor.registries import parse_date, realm_of, registry_facts
+from dockerproxy.doctor.registries import (
+    ANSWER_LIMIT,
+    EXAMINATION_LIMIT,
+    LoginFacts,
+    RegistryExaminer,
+    RegistryFacts,
+    parse_date,
+    realm_of,
+    registry_facts,
+)
+from dockerproxy.doctor.run import NETWORK_LIMIT
 from dockerproxy.errors import UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import parse_challenges
@@ -89,3 +102,70 @@ def test_dates_of_strangers() -> None:
     assert parse_date(DATE) == NOW
     for text in (None, "", "\0", "9" * 500, "Sun, 06 Nov 1994 99:99:99 GMT"):
         assert parse_date(text) is None
+
+
+CHALLENGE = 'Bearer realm="https://tokens.test/token",service="x"'
+
+
+@frozen
+class SilentWorld:
+    """Registries that answer at once, with a challenge, if they are in `answering`. The others say nothing.
+
+    Neither does the token server that the challenge names.
+    """
+
+    clock: Clock = field(factory=Clock)
+    answering: tuple[str, ...] = ()
+    asked: list[str] = field(factory=list)
+
+    async def examine(self, registry: Registry, limit: float, address_check: object = None) -> Examination:
+        self.asked.append(str(registry))
+        if str(registry) in self.answering:
+            response: Any = StubResponse(401, Headers([("www-authenticate", CHALLENGE)]))
+            return Examination(0.0, "A CA", None, response, b"{}")
+        await deferLater(self.clock, limit, lambda: None)
+        return Examination(limit, "", UpstreamTimeout(f"{registry.host.authority}: no answer"))
+
+    def add_challenges(self, registry: Registry, challenges: object) -> None:
+        assert challenges
+
+    async def refusal(self, registry: Registry, login: object) -> str:
+        await Deferred()
+        raise AssertionError
+
+    def configured_login(self, registry: Registry) -> Any:
+        return "alice"
+
+    def setting(self, registry: Registry) -> str:
+        return "AUTH_REGISTRIES"
+
+    def run(self, hosts: Sequence[str]) -> tuple[list[RegistryFacts], list[LoginFacts], float]:
+        """Examine `hosts`. Return the facts, and the seconds that it took."""
+        world: Any = self
+        examiner = RegistryExaminer(self.clock, world, world, world, lambda: (), None, lambda: NOW)
+        examining = Deferred.fromCoroutine(examiner.examine(map(Registry.parse, hosts)))
+        while not examining.called:
+            self.clock.advance(0.25)
+        registries, logins = examining.result
+        return registries, logins, self.clock.seconds()
+
+
+def test_a_silent_token_server_costs_no_other_finding() -> None:
+    world = SilentWorld(answering=("one.test", "two.test"))
+    registries, logins, seconds = world.run(("one.test", "two.test", "silent.test"))
+    assert [(facts.name, facts.error) for facts in registries] == [
+        ("one.test", ""), ("two.test", ""), ("silent.test", "no answer"), ("tokens.test", "no answer"),
+    ]  # fmt: skip
+    assert [login.unknown for login in logins] == ["no answer within 8 s"] * 2
+    assert seconds <= ANSWER_LIMIT + 0.25
+    assert world.asked.count("tokens.test") == 1
+
+
+def test_any_number_of_silent_registries_are_examined_in_time() -> None:
+    """There is no network at all."""
+    hosts = [f"silent-{number}.test" for number in range(200)]
+    registries, _, seconds = SilentWorld(answering=("one.test",)).run([*hosts, "one.test"])
+    assert seconds <= EXAMINATION_LIMIT + 0.25 < NETWORK_LIMIT
+    assert len(registries) == 201 and all(facts.error for facts in registries)
+    assert registries[199].error == "it was not asked, because others took too long"
+    assert registries[0].error == registries[100].error == "no answer"
