@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from dockerproxy.admin.inventory import DiskUsage
 from dockerproxy.admin.resolver import CACHED, StoreView
@@ -31,6 +31,7 @@ MAX_SHOWN_MANIFEST = 256 * 1024
 
 _MAX_PARTS = 200  # layers or platforms of one answer
 _MAX_MANIFESTS = 2000  # that are read for one answer; the sizes of tags lack the others
+_MAX_OBJECTS = 20_000  # that these may refer to: with 0.2 KiB each, any client may have pulled millions into the cache
 _MAX_ANNOTATIONS = 50
 _MAX_TEXT = 300  # characters of one
 
@@ -43,7 +44,7 @@ class TagPage:
     count: int
 
 
-@frozen
+@define(eq=False)
 class ImageReader:
     """Reads one repository of `store` for a viewer that may see the repository itself.
 
@@ -55,6 +56,7 @@ class ImageReader:
     records: Records
     viewer: Viewer
     _read: dict[Digest, References] = field(factory=dict, init=False)
+    _objects: int = field(default=0, init=False)  # of all of them
 
     def tags(self, page: int) -> TagPage:
         """Return a page of the tags, in their order."""
@@ -137,11 +139,13 @@ class ImageReader:
         known = self._read.get(digest)
         if known is None:
             known = References()
-            if len(self._read) < _MAX_MANIFESTS and self.store.links.has_manifest(self.repository, digest):
+            has_room = len(self._read) < _MAX_MANIFESTS and self._objects < _MAX_OBJECTS
+            if has_room and self.store.links.has_manifest(self.repository, digest):
                 known = read_references(
                     self.store.layout, self.store.links, self.repository, digest, MAX_SHOWN_MANIFEST
                 )
             self._read[digest] = known
+            self._objects += len(known.objects)
         return known
 
     def _checked_at(self, tag: str) -> float | None:

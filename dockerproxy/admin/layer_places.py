@@ -11,7 +11,7 @@ from heapq import nlargest
 from itertools import islice
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import define, evolve, frozen
 
 from dockerproxy.admin.images import MAX_SHOWN_MANIFEST
 from dockerproxy.admin.resolver import StoreView
@@ -19,7 +19,7 @@ from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.manifests import is_public_entry
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import ManifestInvalid
-from dockerproxy.oci.manifests import INDEX_TYPES, fallback_base, parse_manifest
+from dockerproxy.oci.manifests import INDEX_TYPES, Manifest, fallback_base, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.platforms import index_platforms
 from dockerproxy.store.links import Visibility
@@ -30,6 +30,9 @@ _MAX_MANIFESTS = 50  # of a repository that are read, those that were used last
 _MAX_TAGS = 1000  # of a repository that are read
 _MAX_KEPT = 1000  # places
 _KEPT = 30.0  # seconds
+_MAX_READ = (
+    4 * 1024 * 1024
+)  # bytes of manifests that are parsed in that time; they take 20 MiB, and usual ones have 2 KiB
 
 BlobKey = tuple[str, Digest]
 """The key of a cached repository, and the digest of a blob."""
@@ -62,6 +65,28 @@ class LayerPlace:
 UNKNOWN_PLACE = LayerPlace()
 
 
+@define(eq=False)
+class _ReadAllowance:
+    """The bytes of manifests that may be read in `_KEPT` seconds of `clock`.
+
+    Clients choose the images that they download. Many that have large manifests would keep a processor busy.
+    """
+
+    _clock: Callable[[], float]
+    _since: float = 0.0
+    _used: int = 0
+
+    @property
+    def is_used_up(self) -> bool:
+        now = self._clock()
+        if not self._used or now - self._since >= _KEPT:
+            self._since, self._used = now, 0
+        return self._used >= _MAX_READ
+
+    def take(self, size: int) -> None:
+        self._used += size
+
+
 class LayerPlaces:
     """Finds places in the cache `store` in a thread, and remembers them for a moment."""
 
@@ -70,6 +95,7 @@ class LayerPlaces:
         self._store = store
         self._records = records
         self._known: BoundedDict[BlobKey, LayerPlace] = BoundedDict(_MAX_KEPT, ttl=_KEPT, clock=clock)
+        self._allowance = _ReadAllowance(clock)
 
     def known(self, blob: BlobKey) -> LayerPlace:
         """Return the place of a blob if it was found a moment ago."""
@@ -83,41 +109,76 @@ class LayerPlaces:
                 self._known[blob] = place
 
     def _find_all(self, blobs: Iterable[BlobKey]) -> Mapping[BlobKey, LayerPlace]:
-        return {blob: find_place(self._store, self._records, *blob) for blob in blobs}
+        by_repository: dict[str, list[Digest]] = {}
+        for repository, digest in blobs:
+            by_repository.setdefault(repository, []).append(digest)
+        found = {}
+        for repository, digests in by_repository.items():
+            images = _Images.read(self._store, self._records, repository, self._allowance)
+            for digest in digests:
+                found[repository, digest] = images.find_place(digest)
+        return found
 
 
-def find_place(store: StoreView, records: Records, repository: str, digest: Digest) -> LayerPlace:
-    """Return the place of a blob in the images of a repository. Blocks."""
-    entries = nlargest(_MAX_MANIFESTS, store.links.manifest_entries(repository), key=lambda entry: entry.last_used)
-    platforms: dict[Digest, str] = {}
-    owners: dict[Digest, Digest] = {}  # the indexes of manifests
-    found: tuple[Digest, LayerPlace] | None = None
-    for manifest_digest in (entry.digest for entry in entries if entry.digest is not None):
-        try:
-            content = read_small(store.layout.blob(manifest_digest), MAX_SHOWN_MANIFEST + 1) or b""
-            if len(content) > MAX_SHOWN_MANIFEST:
+@frozen
+class _Images:
+    """The manifests of a repository that were used last, in that order. `owners` are the indexes of manifests."""
+
+    store: StoreView
+    records: Records
+    repository: str
+    manifests: Mapping[Digest, Manifest]
+    platforms: Mapping[Digest, str]
+    owners: Mapping[Digest, Digest]
+
+    @classmethod
+    def read(cls, store: StoreView, records: Records, repository: str, allowance: _ReadAllowance) -> _Images:
+        """Read as many as `allowance` has. Blocks."""
+        entries = [] if allowance.is_used_up else store.links.manifest_entries(repository)
+        manifests: dict[Digest, Manifest] = {}
+        platforms: dict[Digest, str] = {}
+        owners: dict[Digest, Digest] = {}
+        for entry in nlargest(_MAX_MANIFESTS, entries, key=lambda entry: entry.last_used):
+            if entry.digest is None or allowance.is_used_up:
                 continue
-            manifest = parse_manifest(content, store.links.manifest_media_type(repository, manifest_digest))
-        except (ManifestInvalid, UnsafeFile):
-            continue
-        if manifest.media_type in INDEX_TYPES:
-            listed = index_platforms(content)
-            platforms.update(listed)
-            owners.update(dict.fromkeys(listed, manifest_digest))
-        elif found is None:
+            try:
+                content = read_small(store.layout.blob(entry.digest), MAX_SHOWN_MANIFEST + 1) or b""
+                allowance.take(len(content))
+                if len(content) > MAX_SHOWN_MANIFEST:
+                    continue
+                manifest = parse_manifest(content, store.links.manifest_media_type(repository, entry.digest))
+            except (ManifestInvalid, UnsafeFile):
+                continue
+            if manifest.media_type in INDEX_TYPES:
+                listed = index_platforms(content)
+                platforms.update(listed)
+                owners.update(dict.fromkeys(listed, entry.digest))
+            else:
+                manifests[entry.digest] = manifest
+        return cls(store, records, repository, manifests, platforms, owners)
+
+    def find_place(self, digest: Digest) -> LayerPlace:
+        """Return the place of a blob. Blocks."""
+        for manifest_digest, manifest in self.manifests.items():
             layers = [layer.digest for layer in manifest.layers]
             if digest in layers:
-                found = manifest_digest, LayerPlace(layers.index(digest) + 1, len(layers))
-            elif manifest.config is not None and manifest.config.digest == digest:
-                found = manifest_digest, LayerPlace(None, len(layers))
-    if found is None:
+                return self._describe(manifest_digest, LayerPlace(layers.index(digest) + 1, len(layers)))
+            if manifest.config is not None and manifest.config.digest == digest:
+                return self._describe(manifest_digest, LayerPlace(None, len(layers)))
         return UNKNOWN_PLACE
-    manifest_digest, place = found
-    is_public = store.links.manifest_visibility(repository, manifest_digest) is Visibility.PUBLIC
-    tag, tag_is_public = _find_tag(store, records, repository, {manifest_digest, owners.get(manifest_digest)})
-    return evolve(
-        place, platform=platforms.get(manifest_digest), tag=tag, is_public=is_public, tag_is_public=tag_is_public
-    )
+
+    def _describe(self, manifest_digest: Digest, place: LayerPlace) -> LayerPlace:
+        store, repository = self.store, self.repository
+        is_public = store.links.manifest_visibility(repository, manifest_digest) is Visibility.PUBLIC
+        targets = {manifest_digest, self.owners.get(manifest_digest)}
+        tag, tag_is_public = _find_tag(store, self.records, repository, targets)
+        return evolve(
+            place,
+            platform=self.platforms.get(manifest_digest),
+            tag=tag,
+            is_public=is_public,
+            tag_is_public=tag_is_public,
+        )
 
 
 def _find_tag(

@@ -40,6 +40,9 @@ INTERVAL = 1.0
 MAX_VIEWERS, VIEWERS_PER_CLIENT = 100, 50
 """Viewers of all processes, and of one client of a process: many people may share an address, such as that of a NAT."""
 
+LOCAL_VIEWERS = 10
+"""Viewers beyond those, on the control socket: visitors of the page cannot keep an administrator from looking on."""
+
 MAX_UNREAD = 64 * 1024
 """Bytes that wait for a viewer that does not read; then it is dropped."""
 
@@ -205,7 +208,13 @@ class LiveFeed:
         self._public: BoundedDict[str, bool] = BoundedDict(_MAX_PUBLIC_KEPT, ttl=_PUBLIC_KEPT, clock=reactor.seconds)
         self._loop = LoopingCall(self._tick)
         self._loop.clock = reactor
-        self.viewers = ClientShares("live views of the page", MAX_VIEWERS, VIEWERS_PER_CLIENT, retry_after=RETRY_AFTER)
+        self.viewers = ClientShares(
+            "live views of the page",
+            MAX_VIEWERS + LOCAL_VIEWERS,
+            VIEWERS_PER_CLIENT,
+            reserved=LOCAL_VIEWERS,
+            retry_after=RETRY_AFTER,
+        )
 
     async def send_events(self, request: Request, viewer: Viewer, viewer_of: ViewerOf) -> None:
         """Respond with Server-Sent Events until the viewer leaves, does not read, or has other rights.
@@ -221,13 +230,15 @@ class LiveFeed:
 
     async def _send(self, stream: _Stream) -> None:
         request = stream.request
-        if self._board.viewers >= MAX_VIEWERS:
+        is_local = stream.format is _LINES
+        client = "" if is_local else request.client
+        if self._board.viewers >= MAX_VIEWERS and not is_local:
             raise ServiceOverloaded(
                 f"{self._board.viewers} live views are open, and there is room for {MAX_VIEWERS};"
                 " the same numbers are at /api/v1/overview",
                 headers=[("Retry-After", str(RETRY_AFTER))],
             )
-        self.viewers.acquire(request.client)
+        self.viewers.acquire(client)
         self._part.set_viewers(self.viewers.used)
         try:
             request.start(200, stream.format.fields, None)
@@ -243,7 +254,7 @@ class LiveFeed:
             request.finish()
         finally:
             self._streams.pop(stream, None)
-            self.viewers.release(request.client)
+            self.viewers.release(client)
             self._part.set_viewers(self.viewers.used)
 
     def _tick(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from dockerproxy.errors import RegistryError
 from dockerproxy.registry.principal import Principal
 
 _MAX_HISTORY = 20  # rows
+_MAX_HISTORY_SIZE = 128 * 1024  # bytes: a message to another process may have 192 KiB, and rows have strangers' texts
 
 Ask = Callable[[str, Sequence[Any]], Awaitable[Document]]
 """Asks the main process one of the questions of `PageDesk.answer`. All values are JSON values."""
@@ -58,8 +60,14 @@ class PageDesk:
         raise ValueError(f"the page asks {question!r} with {len(arguments)} arguments")
 
     def _read_history(self, name: str, where: str) -> list[Document]:
-        """Return the last rows of the history about a repository. Blocks."""
-        return list(islice(self._history.rows(name, where), _MAX_HISTORY))
+        """Return the last rows of the history about a repository, as many as a message has room for. Blocks."""
+        rows, room = [], _MAX_HISTORY_SIZE
+        for row in islice(self._history.rows(name, where), _MAX_HISTORY):
+            room -= len(json.dumps(row))
+            if room < 0:
+                break
+            rows.append(row)
+        return rows
 
 
 @frozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -31,7 +32,7 @@ from dockerproxy.store.tombstones import Tombstones, format_idle
 from dockerproxy.store.tree_reader import UnsafeFile, read_small
 
 _MAX_TAGS = 50
-_MAX_CONTENTS = 500  # of an image with all its platforms
+_MAX_CONTENTS = 500  # beside the manifest itself, of an image with all its platforms
 _MAX_ROWS = 50  # of the history
 
 Document = dict[str, Any]
@@ -118,7 +119,7 @@ class Explainer:
         if state is not None and digest is None:
             state["sentence"] = "there is no such tag"
         tags = [state] if state is not None else []
-        contents = [] if digest is None else list(islice(self._contents(ref, digest, platform), _MAX_CONTENTS))
+        contents = [] if digest is None else list(self._contents(ref, digest, platform))
         return {"tags": tags, "refused_until": None, "readers": None, "contents": contents}
 
     def _explain_cached(self, ref: ImageRef, registry: str, platform: str | None) -> Document:
@@ -128,7 +129,7 @@ class Explainer:
         digest = ref.digest
         if ref.tag is not None and tags[0]["digest"] is not None:
             digest = Digest.parse(tags[0]["digest"])
-        contents = [] if digest is None else list(islice(self._contents(ref, digest, platform), _MAX_CONTENTS))
+        contents = [] if digest is None else list(self._contents(ref, digest, platform))
         refused_until = self._refused_until(ref.repository, now)
         return {
             "tags": tags,
@@ -184,16 +185,15 @@ class Explainer:
         return {"public": granted_at is not None, "at": granted_at, "sentence": sentence}
 
     def _contents(self, ref: ImageRef, root: Digest, platform: str | None) -> Iterator[Document]:
-        """Yield the manifest `root`, and all that it leads to, with whether each is here."""
-        pending: list[tuple[str, Digest, int | None, str | None]] = [("manifest", root, None, None)]
-        seen = set[Digest]()
+        """Yield the manifest `root`, and at most `_MAX_CONTENTS` that it leads to, with whether each is here."""
+        pending: deque[tuple[str, Digest, int | None, str | None]] = deque([("manifest", root, None, None)])
+        known = {root}
         while pending:
-            kind, digest, size, of_platform = pending.pop(0)
-            if digest in seen:
-                continue
-            seen.add(digest)
+            kind, digest, size, of_platform = pending.popleft()
             stored_size = ref.store.blobs.size(digest)
-            children = _children(self._read(ref, digest)) if kind == "manifest" and stored_size is not None else []
+            # A registry may send thousands of manifests with thousands of layers each, none of which would be shown.
+            is_read = kind == "manifest" and stored_size is not None and len(known) <= _MAX_CONTENTS
+            children = _children(self._read(ref, digest)) if is_read else []
             if platform is not None:
                 children = [child for child in children if child[3] in (None, platform)]
             yield {
@@ -203,7 +203,10 @@ class Explainer:
                 "size": size if stored_size is None else stored_size,
                 **self._state(ref, digest, stored_size is not None),
             }
-            pending.extend((kind, child, size, own or of_platform) for kind, child, size, own in children)
+            for child_kind, child, child_size, own in children:
+                if child not in known and len(known) <= _MAX_CONTENTS:
+                    known.add(child)
+                    pending.append((child_kind, child, child_size, own or of_platform))
 
     def _state(self, ref: ImageRef, digest: Digest, is_here: bool) -> Document:
         document: Document = {"state": "here" if is_here else "absent", "evicted": None, "idle": None}

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from dockerproxy.admin.api import API, ControlAPI, api_shares
 from dockerproxy.admin.layer_places import LayerPlaces
-from dockerproxy.admin.live import MAX_UNREAD, MAX_VIEWERS, LiveFeed, difference
+from dockerproxy.admin.live import LOCAL_VIEWERS, MAX_UNREAD, MAX_VIEWERS, LiveFeed, difference
 from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.resolver import CACHED, StoreView
@@ -317,6 +317,24 @@ def test_the_control_socket_has_the_same_events_as_lines(world: World) -> None:
     other.send(b"GET /v1/images?q=a HTTP/1.1\r\nHost: x\r\n\r\n")
     [response] = other.responses
     assert json.loads(response.body)["viewer"] == ["root", True, True]
+
+
+def test_visitors_of_the_page_leave_room_for_the_command(world: World) -> None:
+    """Two of them may have all live views that there are."""
+    world.feed.viewers.share = MAX_VIEWERS
+    for _ in range(MAX_VIEWERS):
+        assert world.connect().text.startswith("HTTP/1.1 200")
+    assert world.connect().text.startswith("HTTP/1.1 503")
+
+    async def handle(request: Request) -> None:
+        await world.feed.send_lines(request, Viewer.administrator())
+
+    world.server.site.handler = handle
+    commands = [world.connect() for _ in range(LOCAL_VIEWERS)]
+    assert all(view.text.startswith("HTTP/1.1 200") for view in commands)
+    assert world.connect().text.startswith("HTTP/1.1 5")
+    commands[0].client.disconnect()
+    assert world.connect().text.startswith("HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dockerproxy.admin import images, layer_places
 from dockerproxy.admin.overview import LocalOverview, Overview, OverviewError
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery
@@ -388,6 +389,25 @@ def test_a_manifest_that_takes_long_to_parse_is_not_parsed(world: World) -> None
         assert (manifest["layers"], manifest["platforms"], manifest["annotations"]) == ([], [], {})
 
 
+def test_an_image_of_millions_of_parts_is_read_in_part(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may have pulled it from a registry where anybody may push."""
+    monkeypatch.setattr(images, "_MAX_OBJECTS", 20)
+    manifests = [image(f"config {n}".encode(), *(f"{n} {m}".encode() for m in range(9))) for n in range(10)]
+    world.put_cached("ghcr.io/acme/app", index(*manifests), "v1", "v2")
+    world.walk()
+    read = []
+    read_references = images.read_references
+
+    def count(*arguments: Any) -> Any:
+        read.append(arguments)
+        return read_references(*arguments)
+
+    monkeypatch.setattr(images, "read_references", count)
+    rows = world.get("image", name="ghcr.io/acme/app")["tags"]
+    assert [row["tag"] for row in rows] == ["v1", "v2"] and rows[0]["size"] == rows[1]["size"] > 0
+    assert len(read) == 2
+
+
 def test_strangers_texts_are_cut(world: World) -> None:
     manifest = image(b"config", b"layer")
     document = json.loads(manifest.data)
@@ -425,6 +445,34 @@ def test_a_download_says_which_layer_of_which_image_it_is(world: World) -> None:
     part.clear()
     part.add("ghcr.io/a/b", Digest.of(b"of no manifest"), 9, private=False)
     assert places(world, ADMIN) == {"ghcr.io/a/b": (None, None, None, None)}
+
+
+def test_the_places_of_many_downloads_are_found_with_little_reading(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients choose what they download, and each repository may have fifty manifests of 256 KiB."""
+    read = []
+    parse_manifest = layer_places.parse_manifest
+
+    def count(content: bytes, media_type: str | None) -> Any:
+        read.append(content)
+        return parse_manifest(content, media_type)
+
+    monkeypatch.setattr(layer_places, "parse_manifest", count)
+    part = world.board.for_process(0)
+    for name in ("ghcr.io/a/one", "ghcr.io/a/two"):
+        layers = [f"{name} layer {number}".encode() for number in range(20)]
+        world.put_cached(name, image(b"config", *layers), "v1")
+        for layer in layers:
+            part.add(name, Digest.of(layer), 9, private=False)
+    places(world, ADMIN)
+    assert len(read) == 2, "one for each repository"
+    monkeypatch.setattr(layer_places, "_MAX_READ", 1)
+    part.clear()
+    for name in ("ghcr.io/a/one", "ghcr.io/a/two"):
+        part.add(name, Digest.of(b"config"), 9, private=False)
+    assert set(places(world, ADMIN).values()) == {(None, None, None, None)}
+    assert len(read) == 2, "there is no allowance any more"
 
 
 def test_the_place_of_private_content_is_not_told(world: World) -> None:

@@ -1,0 +1,74 @@
+"""Explanations of images: which of their contents are here, also of images that lead to very many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dockerproxy.admin import why
+from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.admin.why import Explainer
+from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.layout import Layout
+from dockerproxy.store.pull_history import PullHistory
+from dockerproxy.store.tombstones import Tombstones
+from tests.store.support.images import ManifestTree, image, index, put_image
+
+NOW = 1_800_000_000.0
+
+
+class Harness:
+    """A hosted registry, and an explainer of its images."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = HostedTree.from_layout(Layout(folder / "registry"))
+        stores = [StoreView(HOSTED, self.tree.layout), StoreView(CACHED, Layout(folder / "cache"))]
+        unused: Any = None
+        history = PullHistory(str(folder / "history"), 86400.0, lambda: NOW)
+        self.explainer = Explainer(
+            ImageResolver(stores, frozenset({"registry.test"})), stores[1], {}, unused, unused, unused, unused,
+            Tombstones(), history, lambda: NOW,
+        )  # fmt: skip
+
+    def put(self, manifest: ManifestTree) -> None:
+        put_image(self.tree, "app", manifest, "1")
+
+    def contents(self) -> list[Mapping[str, Any]]:
+        contents: list[Mapping[str, Any]] = self.explainer.explain("registry.test/app:1")["contents"]
+        return contents
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
+
+
+def test_all_that_an_image_consists_of(harness: Harness) -> None:
+    shared = image(b"config", b"layer", b"layer")
+    harness.put(index(shared, image(b"config 2", b"layer")))
+    assert [content["kind"] for content in harness.contents()] == [
+        "index", "manifest", "manifest", "config", "layer", "config",
+    ]  # fmt: skip
+    assert {content["sentence"] for content in harness.contents()} == {"here"}
+
+
+def test_an_image_of_very_many_parts_is_read_in_part(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its registry may have made it so: five hundred manifests with forty thousand layers each are gigabytes."""
+    monkeypatch.setattr(why, "_MAX_CONTENTS", 12)
+    manifests = [image(f"config {n}".encode(), *(f"{n} {m}".encode() for m in range(10))) for n in range(5)]
+    harness.put(index(*manifests))
+    read = []
+    children_of = why._children
+
+    def count(content: bytes) -> Any:
+        read.append(content)
+        return children_of(content)
+
+    monkeypatch.setattr(why, "_children", count)
+    contents = harness.contents()
+    assert len(contents) == 13
+    assert len({content["digest"] for content in contents}) == 13
+    assert len(read) == 2  # the index, and the manifest that filled the list
