@@ -29,6 +29,9 @@ Command = Callable[[ControlClient, argparse.Namespace, Terminal], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -54,9 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output closed the pipe. Replace stdout, because Python flushes it at exit and would print
         # the error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:  # such as a full disk
+        _discard_output()
+        print_line(f"dockerproxy: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return FAILED
     return status
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:

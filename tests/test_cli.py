@@ -23,7 +23,7 @@ from attrs import define, field
 from dockerproxy import __version__, cli
 from dockerproxy.admin.control import local_user_name
 from dockerproxy.cache.rate_limits import RateLimits
-from dockerproxy.control_client import NOT_OURS
+from dockerproxy.control_client import FAILED, NOT_OURS
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from dockerproxy.oci.names import Digest, Registry
@@ -623,6 +623,18 @@ def test_broken_pipe(daemon: DaemonProcess) -> None:
 
 
 # without a daemon
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "error"),
+    [(">/dev/full", FAILED, "dockerproxy: the output: No space left on device\n"), (">&-", 0, ""), ("2>&-", 0, "")],
+    ids=["full", "closed", "closed-errors"],
+)
+def test_output_that_cannot_be_written(tmp_path: Path, redirection: str, status: int, error: str) -> None:
+    (tmp_path / "environment").write_text("REGISTRIES=quay.io\n")
+    command = f"{sys.executable} -m dockerproxy.cli config --check {tmp_path}/environment {redirection}"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (status, error)
 
 
 def test_no_daemon(tmp_path: Path) -> None:

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import bcrypt
 import pytest
+from attrs import fields
 
 from dockerproxy.config_check import check_env_file
+from dockerproxy.settings import Settings
+from tests.test_settings import INVALID
+
+FILE_SETTINGS = [
+    attribute.name.upper()
+    for attribute in fields(Settings)
+    if attribute.name.endswith("_file") and not attribute.name.endswith(("_crt_file", "_key_file"))
+]
 
 
 def check(tmp_path: Path, content: str) -> tuple[str | None, list[str]]:
@@ -41,6 +50,8 @@ def test_warnings_do_not_refuse(tmp_path: Path) -> None:
         ("REGISTRY_CRT_FILE={}/plain\nREGISTRY_KEY_FILE={}/plain\n", "REGISTRY_CRT_FILE"),
         ("PROXY_CRT_FILE={}/plain\n", "PROXY_CRT_FILE is set and PROXY_KEY_FILE is not"),
         ("UPSTREAM_CA_FILE={}/plain\n", "UPSTREAM_CA_FILE"),
+        ("CA_CRT_FILE={}/missing\nCA_KEY_FILE={}/missing\n", "CA_CRT_FILE: {}/missing"),
+        ("CA_CRT_FILE={}/plain\nCA_KEY_FILE={}/plain\n", "CA_CRT_FILE: {}/plain"),
         ("DOCKER_CONFIG_FILE={}/plain\n", "DOCKER_CONFIG_FILE: {}/plain is not JSON"),
     ],
 )
@@ -54,3 +65,35 @@ def test_a_file_that_would_stop_the_daemon(tmp_path: Path, content: str, reason:
 @pytest.mark.parametrize("name", ["missing", ""])
 def test_an_unreadable_file(tmp_path: Path, name: str) -> None:
     assert "cannot be read" in str(check_env_file(str(tmp_path / name))[0])
+
+
+def test_each_setting_that_is_wrong_is_one_sentence_with_its_name(tmp_path: Path) -> None:
+    for name, text, _ in INVALID:
+        if text.isprintable() and "'" not in text:
+            refused, _ = check(tmp_path, f"REGISTRIES=quay.io\n{name}='{text}'\n")
+            assert refused is not None and refused.startswith(name), name
+            assert refused.endswith(".") and "\n" not in refused and len(refused) < 400
+
+
+def test_each_file_that_is_missing_is_one_sentence_with_its_setting(tmp_path: Path) -> None:
+    """One that stops no start is a warning."""
+    contents = {name: f"{name}={tmp_path}/missing\n" for name in FILE_SETTINGS}
+    contents |= {
+        f"{pair}_CRT_FILE": f"{pair}_CRT_FILE={tmp_path}/missing\n{pair}_KEY_FILE={tmp_path}/missing\n"
+        for pair in ("CA", "REGISTRY", "PROXY")
+    }
+    for name, content in contents.items():
+        refused, warnings = check(tmp_path, content)
+        sentences = [refused] if refused is not None else warnings
+        assert len(sentences) == 1, name
+        assert sentences[0].startswith(name) and f"{tmp_path}/missing" in sentences[0]
+
+
+def test_wrong_lines_of_the_pin_file_are_warnings(tmp_path: Path) -> None:
+    pins = tmp_path / "pins"
+    pins.write_text("nginx:1\nNGINX\nx y z\n")
+    refused, warnings = check(tmp_path, f"PIN_FILE={pins}\n")
+    assert refused is None
+    assert [warning.partition(":")[2].partition(":")[0] for warning in warnings] == [
+        f" {pins}, line 2", f" {pins}, line 3",
+    ]  # fmt: skip

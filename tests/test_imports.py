@@ -48,7 +48,7 @@ ALLOWED = {
     "terminal": set(),
     "control_client": set(),
     "config_report": {"reload", "settings"},
-    "config_check": {"reload", "settings", "registry", "proxy", "upstream"},
+    "config_check": {"cache", "reload", "settings", "registry", "proxy", "upstream"},
     # They must start fast, and the daemon does the work. `config --check` works without one.
     "commands": {"config_check", "control_client", "durations", "terminal"},
     "cli": {"__init__", "commands", "control_client", "durations", "terminal"},  # it loads the command that runs

@@ -101,10 +101,12 @@ def _images(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     name = options.from_file
     try:
         if name == "-":
-            text = sys.stdin.buffer.read(MAX_SIZE + 1).decode("utf-8")
+            if sys.stdin is None:
+                raise CommandError(USAGE, "the standard input is closed")
+            text = sys.stdin.buffer.read(MAX_SIZE + 1).decode("utf-8-sig")
         else:
             with open(name, "rb") as file:
-                text = file.read(MAX_SIZE + 1).decode("utf-8")
+                text = file.read(MAX_SIZE + 1).decode("utf-8-sig")
     except OSError as error:
         raise CommandError(USAGE, f"{name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -125,7 +127,7 @@ def _dotenv(name: str) -> dict[str, str]:
     """Return the variables of the file `.env` beside a compose file, which docker compose reads, too."""
     path = os.path.join(os.path.dirname(name), ".env") if name != "-" else ""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read(1 << 20).splitlines()
     except (OSError, UnicodeDecodeError, ValueError):
         return {}
@@ -241,7 +243,7 @@ class _Bars:
         self._is_open = True
 
     def say(self, text: str) -> None:
-        self._progress.console.print(printable(text), markup=False, highlight=False)
+        self._progress.console.print(printable(text), markup=False, highlight=False, emoji=False)
 
     def show(self, row: Event) -> None:
         name = row["image"]

@@ -61,7 +61,7 @@ def parse_htpasswd(text: str, path: Path, setting: str = "HTPASSWD_FILE") -> dic
 def check_htpasswd(path: Path, setting: str) -> None:
     """Raise `HtpasswdError` if the file at `path`, which `setting` names, cannot be used. Blocks."""
     with _named_errors(path, setting):
-        parse_htpasswd(read_config_file(path)[0].decode("utf-8"), path, setting)
+        parse_htpasswd(read_config_file(path)[0].decode("utf-8-sig"), path, setting)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ class HtpasswdFile:
         with _named_errors(self._path, self._setting):
             content, status = read_config_file(self._path)
             self._signature = _signature(status)
-            users = parse_htpasswd(content.decode("utf-8"), self._path, self._setting)
+            users = parse_htpasswd(content.decode("utf-8-sig"), self._path, self._setting)
         self._users = users
         self._verified.clear()
         # Unknown users are compared with this hash, which costs as much as the most expensive one in the file.
