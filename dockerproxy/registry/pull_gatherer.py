@@ -13,6 +13,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
+from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Digest
@@ -24,6 +25,7 @@ INTERVAL = 60.0
 """Seconds over which events are gathered."""
 
 _MAX_PULLS, _MAX_FAILURES = 5000, 500  # events of a minute; more are left out
+_MAX_AT_ONCE = 200  # events that become rows at once, which takes some milliseconds
 _SHARE = 2  # one client may have one part in so many
 _MAX_DIGESTS = 8  # of blobs in a row
 
@@ -77,9 +79,25 @@ class PullGatherer:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
+        self._report_rows(rows_of(self._take_events()))
+
+    def _flush_later(self) -> None:
+        """Report what was gathered in the last minute. Much of it takes a third of a second, so a thread does that."""
+        self._timer = None
+        if len(self._events) <= _MAX_AT_ONCE:
+            self.flush()
+        else:
+            spawn(self._flush_in_thread(), "gathering pulls")
+
+    async def _flush_in_thread(self) -> None:
+        self._report_rows(await in_thread(self._reactor, rows_of, self._take_events()))
+
+    def _take_events(self) -> list[_Event]:
         events, self._events = list(self._events.values()), {}
         self._held.clear()
-        rows = rows_of(events)
+        return events
+
+    def _report_rows(self, rows: Sequence[Row]) -> None:
         for start in range(0, len(rows), 100):
             self._report(rows[start : start + 100])
 
@@ -101,7 +119,7 @@ class PullGatherer:
                 return
             self._events[key] = event
             if self._timer is None:
-                self._timer = self._reactor.callLater(INTERVAL, self.flush)
+                self._timer = self._reactor.callLater(INTERVAL, self._flush_later)
         event.count += 1
         event.size += request.bytes_sent
 

@@ -172,6 +172,8 @@ class Journal:
         return fd
 
     def _is_ours(self, fd: int) -> bool:
+        if os.fstat(fd).st_size > self.max_bytes + _BATCH * _MAX_LINE:
+            return False  # as of a damaged file system; to read it would take for ever
         first_line = os.pread(fd, _MAX_HEADER, 0).partition(b"\n")[0]
         header = _parse(first_line)
         if header is None:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
@@ -102,7 +103,7 @@ def test_a_daemon_starts_whatever_is_in_its_files(
             result = run(daemon, *command, "--json")
             assert result.returncode in (0, 1), (damage.__name__, command, result)
             json.loads(result.stdout)
-        assert daemon.client.get(f"{daemon.url}/metrics").status == 200
+        assert request_directly("GET", f"{daemon.url}/metrics").status == 200
         daemon.stop()
         daemon.check_log([])
         lines = Counter(

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from twisted.internet.task import Clock
 
 from dockerproxy.http.headers import Headers
 from dockerproxy.registry.pull_gatherer import PullGatherer, Row, rows_of
+from tests.cache.support.reactor import ManualReactor
 
 INDEX, IMAGE, LAYER = (f"sha256:{character * 64}" for character in "abc")
 
@@ -29,7 +29,7 @@ class FinishedRequest:
 
 class Harness:
     def __init__(self) -> None:
-        self.reactor, self.reports = Clock(), list[list[Row]]()
+        self.reactor, self.reports = ManualReactor(), list[list[Row]]()
         self.gatherer = PullGatherer(self.reactor, self.reports.append, lambda: 1_800_000_000 + self.reactor.seconds())
 
     def note(self, *arguments: Any, **attributes: Any) -> None:
@@ -143,6 +143,18 @@ def test_a_process_that_stops_reports_what_it_has(harness: Harness) -> None:
     assert len(harness.reports) == 1 and not harness.reactor.getDelayedCalls()
     harness.gatherer.flush()
     assert len(harness.reports) == 1
+
+
+def test_a_busy_minute_holds_up_no_request(harness: Harness) -> None:
+    """A thread turns thousands of requests into rows. Those that come meanwhile are of the next minute."""
+    for number in range(1000):
+        harness.note(f"manifests/{number}")
+    harness.reactor.pool.hold()
+    assert harness.rows() == [] and harness.reactor.pool.waiting == 1
+    harness.note("manifests/later")
+    harness.reactor.pool.release()
+    assert [len(report) for report in harness.reports] == [100] * 10
+    assert len(harness.rows()) == 1001
 
 
 @given(st.lists(st.tuples(st.text(max_size=20), st.sampled_from(["GET", "HEAD"]), st.integers(100, 599)), max_size=20))

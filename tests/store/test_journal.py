@@ -104,6 +104,14 @@ def test_a_file_of_another_form_is_set_aside(journal: Journal, content: bytes, l
     assert [line for line in logged if "it is set aside as" in line]
 
 
+def test_a_file_that_is_too_large_to_be_ours_is_set_aside(journal: Journal) -> None:
+    journal.append([{"n": 1}])
+    os.truncate(journal.path, 1 << 40)
+    assert numbers(journal) == []
+    journal.append([{"n": 2}])
+    assert numbers(journal) == [2]
+
+
 @pytest.mark.parametrize("kind", ["directory", "link", "fifo"])
 def test_what_is_no_file_is_an_error(journal: Journal, kind: str, tmp_path: Path) -> None:
     os.makedirs(os.path.dirname(journal.path))
