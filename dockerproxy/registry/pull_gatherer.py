@@ -97,7 +97,7 @@ class PullGatherer:
         self._held.clear()
         return events
 
-    def _report_rows(self, rows: Sequence[Row]) -> None:
+    def _report_rows(self, rows: list[Row]) -> None:
         for start in range(0, len(rows), 100):
             self._report(rows[start : start + 100])
 
