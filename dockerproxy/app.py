@@ -44,6 +44,7 @@ from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site, SiteBudgets
 from dockerproxy.http.tls import ServerContext
+from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
@@ -64,7 +65,6 @@ from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
 from dockerproxy.proxy.router import BrowserProtection, Router
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
-from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.audit import AuditLog
@@ -328,11 +328,20 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     cross_origin = CrossOriginProtection(settings.cors_origins)
     browser_protection = BrowserProtection(build_host_rule(settings), cross_origin)
 
+    login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
+    transfers = Transfers()
+    timeouts = TunnelTimeouts(
+        settings.proxy_connect_connect_timeout,
+        settings.proxy_connect_read_timeout,
+        settings.proxy_connect_send_timeout,
+    )
+    tunnels = Tunnels(reactor, timeouts, transfers, login.allows, on_finished)
+
     def mirror_for(open_registry: OpenRegistry) -> Mirror:
         return Mirror(api, open_registry, registries.mirrored, DOCKER_HUB, cross_origin)
 
     def intercepted_for(open_registry: OpenRegistry) -> Intercepted:
-        return Intercepted(api, open_registry, pull_through, cross_origin, allow_push=settings.allow_push)
+        return Intercepted(api, open_registry, pull_through, cross_origin, tunnels, allow_push=settings.allow_push)
 
     mirror, intercepted = mirror_for(pull_through.registry), intercepted_for(pull_through.registry)
     handle_mirror, handle_intercepted = mirror.handle, intercepted.handle
@@ -340,7 +349,6 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         owned, cached_only = (parts.pull_through for parts in for_members)
         door = fleet.door(owned, cached_only, mirror, intercepted, mirror_for, intercepted_for)
         handle_mirror, handle_intercepted = door.handle_mirror, door.handle_intercepted
-    login = ProxyLogin(open_proxy_users(reactor, settings, pools, shared.state))
     hosted_names = frozenset(settings.registry_hostname)
     registries_for = partial(
         NamespacedRegistries,
@@ -391,12 +399,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
 
     proxy_router, registry_router = router(on_proxy_port=True), router(on_proxy_port=False)
     direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
-    transfers = Transfers()
     session_door = None
     if fleet is not None and settings.registry_store is not None:
         session_door = open_session_door(fleet, hosted_app, authority, cross_origin)
     forward_proxy = ForwardProxy(
-        clock=reactor,
         policy=policy,
         login=login,
         interception=Interception(registries.intercepted, context_for, handle_intercepted),
@@ -410,13 +416,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_context_for=partial(authority.own_context_for, file=certificates.registry_file),
         registry_ports=listening_ports(settings.registry_listen, 443),
         registry_http_ports=listening_ports(settings.registry_http_listen, 80),
-        timeouts=TunnelTimeouts(
-            settings.proxy_connect_connect_timeout,
-            settings.proxy_connect_read_timeout,
-            settings.proxy_connect_send_timeout,
-        ),
-        transfers=transfers,
-        on_request_finished=on_finished,
+        tunnels=tunnels,
         for_members=session_door,
     )
     certificates.watch_files(reactor)

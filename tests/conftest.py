@@ -92,6 +92,10 @@ class WindowedTransport(StringTransport):
 
     def read_for_relay(self) -> None: ...
 
+    def set_protocol(self, protocol: Any) -> None:
+        self.channel = protocol
+        protocol.makeConnection(self)
+
     def __init__(self, clock: Clock, client: str) -> None:
         super().__init__(peerAddress=IPv4Address("TCP", client, 50000), lenient=True)
         self.clock = clock

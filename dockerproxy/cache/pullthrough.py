@@ -495,10 +495,11 @@ class CachedRegistry:
 
     async def forward_page(
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
-    ) -> UpstreamResponse:
+    ) -> DirectResponse:
         """Send a request that is not of the API as it is, with the client's own credential or none.
 
-        A connection that its login holds for is used for the client's connection alone.
+        A connection that its login holds for is used for the client's connection alone. If `headers` have Upgrade, the
+        status may be 101.
         """
         self._check_token()
         if self.authorization is not None:

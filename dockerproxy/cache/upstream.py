@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 from attrs import evolve, frozen
+from twisted.internet.interfaces import IProtocol
 
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.errors import (
@@ -95,6 +96,12 @@ class UpstreamResponse(Protocol):
     async def discard(self) -> None: ...
 
     def abort(self) -> None: ...
+
+
+class DirectResponse(UpstreamResponse, Protocol):
+    """A response of the server itself. Its status may be 101 if the request had Upgrade."""
+
+    def hand_over(self, protocol: IProtocol) -> None: ...
 
 
 class WrappedResponse(UpstreamResponse):
@@ -193,7 +200,7 @@ class RegistryClient(Protocol):
         body: Any = ...,
         *,
         client_connection: Hashable = ...,
-    ) -> UpstreamResponse: ...
+    ) -> DirectResponse: ...
 
 
 def rate_limit_fields(response: UpstreamResponse) -> tuple[tuple[str, str], ...]:

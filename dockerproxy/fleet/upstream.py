@@ -21,7 +21,7 @@ from twisted.internet.defer import Deferred, TimeoutError
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.cache.upstream import RegistryClient, UpstreamResponse, WrappedResponse
+from dockerproxy.cache.upstream import DirectResponse, RegistryClient, UpstreamResponse, WrappedResponse
 from dockerproxy.errors import NotCached, RegistryError, UpstreamBroken, UpstreamError, UpstreamFailing
 from dockerproxy.fleet.hop import ANSWER_FIELD, RELAY_FIELD, UPSTREAM_WORD, Hop, HopKind, HopLogin
 from dockerproxy.fleet.members import Members, blob_key, repository_key
@@ -292,7 +292,7 @@ class ContentClient(ABC):
         body: Any = None,
         *,
         client_connection: Hashable = None,
-    ) -> UpstreamResponse:
+    ) -> DirectResponse:
         """Send a request as it is; see `UpstreamClient.send`."""
         return await self._upstream.send(method, registry, path, headers, body, client_connection=client_connection)
 
@@ -332,7 +332,7 @@ class NoUpstream:
     async def request(self, method: str, registry: Registry, path: str, **options: Any) -> UpstreamResponse:
         raise NotCached("this member does not have it")
 
-    async def send(self, method: str, registry: Registry, path: str, *options: Any, **more: Any) -> UpstreamResponse:
+    async def send(self, method: str, registry: Registry, path: str, *options: Any, **more: Any) -> DirectResponse:
         raise NotCached("this member does not have it")
 
 

@@ -1,4 +1,7 @@
-"""Forwarding of a request to another server and of its response to the client. Both bodies are streamed."""
+"""Forwarding of a request to another server and of its response to the client. Both bodies are streamed.
+
+If the two agree on another protocol (status 101), their connections become a tunnel.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IConsumer
+from twisted.internet.interfaces import IConsumer, IProtocol
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
 from dockerproxy.http.headers import Headers
-from dockerproxy.http.message import body_framing
+from dockerproxy.http.message import body_framing, render_head
 from dockerproxy.http.request import Request
 from dockerproxy.http.stream import ClientBuffers
+from dockerproxy.http.tunnel import Tunnels
 
 
 class ForwardedResponse(Protocol):
@@ -32,6 +36,13 @@ class ForwardedResponse(Protocol):
     async def read_chunk(self) -> bytes: ...
 
     def abort(self) -> None: ...
+
+
+class SwitchableResponse(ForwardedResponse, Protocol):
+    """Another server's response. Its status may be 101 if the request had Upgrade."""
+
+    def hand_over(self, protocol: IProtocol) -> None:
+        """Attach `protocol` to the connection, which no longer speaks HTTP. Raise `UpstreamBroken` if it is closed."""
 
 
 def request_body_producer(request: Request) -> RequestBodyProducer | None:
@@ -97,6 +108,26 @@ async def forward_response(request: Request, response: ForwardedResponse, fields
             del data
             await request.drain()
         request.finish()
+    except BaseException:
+        response.abort()
+        raise
+
+
+async def switch_protocols(
+    request: Request, response: SwitchableResponse, fields: Iterable[tuple[str, str]], tunnels: Tunnels
+) -> None:
+    """Respond to `request` with `response`, whose status is 101, and make the two connections one of `tunnels`.
+
+    `fields` are the header fields but those of a single connection.
+    """
+    protocols = response.headers.joined("upgrade") or ""
+    head = render_head(response.status, [*fields, ("Connection", "Upgrade"), ("Upgrade", protocols)])
+
+    async def connect(server: IProtocol) -> None:
+        response.hand_over(server)
+
+    try:
+        await tunnels.open(request, response.status, head, connect)
     except BaseException:
         response.abort()
         raise

@@ -279,6 +279,10 @@ class SocketTransport:
             self._stop_io()
             self.reactor.callLater(0, self._call_connection_lost, Failure(ConnectionAborted()))  # type: ignore[no-untyped-call]
 
+    def getHandle(self) -> socket.socket:
+        """Return the socket, for its options."""
+        return self._socket
+
     def getPeer(self) -> IAddress:
         address: IAddress = self._tcp.getPeer()
         return address

@@ -24,12 +24,12 @@ from dockerproxy.http.message import absolute_form, authority_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import Site
 from dockerproxy.http.tls import ServerContext, TLSTransport, start_inner_tls, upgrade_to_tls
+from dockerproxy.http.tunnel import Tunnels
 from dockerproxy.net.dial import AddressCheck, Dialer, SingleProtocolFactory
 from dockerproxy.net.parent_circles import FIELD, ParentCircles
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import OwnAddressDenied, Policy
-from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
 
 _CIRCLES_FIELD = FIELD.lower()
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -49,14 +49,6 @@ class HTTPAgent(Protocol):
         client: str = ...,
         client_connection: Hashable = ...,
     ) -> ForwardedResponse: ...
-
-
-class TransferTracker(Protocol):
-    """Tracks open tunnels, and TLS within the proxy's TLS, so that the daemon can wait for them when it stops."""
-
-    def add(self, abort: Callable[[], None]) -> Any: ...
-
-    def remove(self, handle: Any) -> None: ...
 
 
 @frozen
@@ -101,7 +93,6 @@ class ForwardProxy:
     fleet ask for.
     """
 
-    clock: Any
     policy: Policy
     login: ProxyLogin
     interception: Interception
@@ -114,9 +105,7 @@ class ForwardProxy:
     hosted_context_for: Callable[[str], ServerContext]
     registry_ports: frozenset[int]
     registry_http_ports: frozenset[int]
-    timeouts: TunnelTimeouts
-    transfers: TransferTracker
-    on_request_finished: Callable[[Request, float], None]
+    tunnels: Tunnels
     for_members: InnerHost | None = None
 
     def handle(self, site: Site, request: Request) -> Awaitable[None]:
@@ -165,8 +154,9 @@ class ForwardProxy:
         transport.write(_ESTABLISHED)
         channel = HTTPChannel(site, handler, secure=True)
         if isinstance(transport, TLSTransport):
-            transfer = self.transfers.add(transport.abortConnection)
-            start_inner_tls(transport, context, channel, received, partial(self.transfers.remove, transfer))
+            transfers = self.tunnels.transfers
+            on_closed = partial(transfers.remove, transfers.add(transport.abortConnection))
+            start_inner_tls(transport, context, channel, received, on_closed)
         else:
             upgrade_to_tls(transport, context, channel, received)
 
@@ -178,24 +168,11 @@ class ForwardProxy:
         return handler(request)
 
     async def _tunnel(self, request: Request, host: Host) -> None:
-        started_at, request.registry = self.clock.seconds(), "other"
-
-        def on_closed(size: int) -> None:
-            request.bytes_sent = size
-            self.transfers.remove(transfer)
-            self.on_request_finished(request, self.clock.seconds() - started_at)
-
-        tunnel = Tunnel(self.clock, self.timeouts, on_closed, partial(self.login.allows, request.proxy_user))
+        request.registry = "other"
         endpoint = self.dialer.endpoint(host, DestinationCheck(self.policy, host), request.client)
-        await endpoint.connect(SingleProtocolFactory(tunnel.server))
-        request.status, request.cache_status = 200, "PASS"
-        transport, received = request.detach()
-        transfer = self.transfers.add(tunnel.abort)
-        transport.write(_ESTABLISHED)
-        transport.set_protocol(tunnel.client)
-        if received:
-            tunnel.client.dataReceived(received)
-        tunnel.start()
+        await self.tunnels.open(
+            request, 200, _ESTABLISHED, lambda server: endpoint.connect(SingleProtocolFactory(server))
+        )
 
     # absolute-form
 

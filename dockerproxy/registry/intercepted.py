@@ -11,6 +11,7 @@ from dockerproxy.errors import NameUnknown, RegistryError, Unauthorized, Unsuppo
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
 from dockerproxy.http.message import SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
+from dockerproxy.http.tunnel import Tunnels
 from dockerproxy.oci.docker_hub import canonical_registry, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
@@ -59,6 +60,7 @@ class Intercepted:
         open_registry: OpenRegistry,
         token_service: TokenService,
         cross_origin: CrossOriginProtection,
+        tunnels: Tunnels,
         *,
         allow_push: bool,
     ) -> None:
@@ -66,6 +68,7 @@ class Intercepted:
         self._open_registry = open_registry
         self._token_service = token_service
         self._cross_origin = cross_origin
+        self._tunnels = tunnels
         self._allow_push = allow_push
 
     def handle(self, server: Registry, request: Request) -> Awaitable[None]:
@@ -94,8 +97,8 @@ class Intercepted:
             upstream = self._open_registry(server, request.headers.get("authorization"), request.client)
         naming = self._token_service.registry_naming(server, request.path)
         if naming is not None and request.method in ("GET", "POST"):
-            return forward_token_request(request, upstream, naming)
-        return forward_page(request, upstream)
+            return forward_token_request(request, upstream, naming, self._tunnels)
+        return forward_page(request, upstream, self._tunnels)
 
     def _handle_api(self, request: Request, target: Target, upstream: UpstreamRegistry) -> Awaitable[None]:
         request.kind = target.kind

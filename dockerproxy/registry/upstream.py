@@ -10,12 +10,20 @@ from urllib.parse import quote
 from attrs import frozen
 
 from dockerproxy.errors import RegistryError, Unsupported, UpstreamError, UpstreamRefused
-from dockerproxy.http.forwarding import ForwardedResponse, forward_response, request_body_producer
+from dockerproxy.http.forwarding import (
+    ForwardedResponse,
+    SwitchableResponse,
+    forward_response,
+    request_body_producer,
+    switch_protocols,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import SAFE_METHODS, body_framing
 from dockerproxy.http.request import Request
+from dockerproxy.http.tunnel import Tunnels
+from dockerproxy.http.upgrade import requested_protocols
 from dockerproxy.oci.names import Host, Registry, Repository
-from dockerproxy.oci.routes import LIST_KINDS, Target
+from dockerproxy.oci.routes import LIST_KINDS, Target, is_api_path
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields, x_cache_fields
 
@@ -59,6 +67,10 @@ class RegistryResponse(ForwardedResponse, Protocol):
     async def read_all(self, limit: int) -> bytes: ...
 
 
+class PageResponse(RegistryResponse, SwitchableResponse, Protocol):
+    """The response of an upstream server to a request that is not of the API."""
+
+
 class UpstreamRegistry(PullBackend, Protocol):
     """An upstream registry for one client, implemented by the cache."""
 
@@ -69,8 +81,11 @@ class UpstreamRegistry(PullBackend, Protocol):
 
     async def forward_page(
         self, method: str, path: str, headers: Headers, body: Any = None, *, client_connection: Hashable = None
-    ) -> RegistryResponse:
-        """Send a request that is not of the API as it is, with the client's own login. Return the response."""
+    ) -> PageResponse:
+        """Send a request that is not of the API as it is, with the client's own login. Return the response.
+
+        If `headers` have Upgrade, the status may be 101.
+        """
 
     async def forward_token_request(
         self,
@@ -152,7 +167,9 @@ def respond_with_token(request: Request, content: bytes) -> None:
     request.respond(200, fields, content)
 
 
-async def forward_token_request(request: Request, upstream: UpstreamRegistry, registry: Registry) -> None:
+async def forward_token_request(
+    request: Request, upstream: UpstreamRegistry, registry: Registry, tunnels: Tunnels
+) -> None:
     """Forward a request to a page that `registry` names as its token server.
 
     The proxy learns from the response if the request is one that a token server reads in one way only.
@@ -162,7 +179,7 @@ async def forward_token_request(request: Request, upstream: UpstreamRegistry, re
     is_form = (headers.get("content-type") or "").partition(";")[0].strip().lower() == _FORM_TYPE
     is_readable = (is_form and length is not None and length <= _MAX_FORM) if request.method == "POST" else length == 0
     if not is_readable or not {name for name, _ in headers} <= _TOKEN_REQUEST_FIELDS:
-        return await forward_page(request, upstream)
+        return await forward_page(request, upstream, tunnels)
     request.cache_status, request.kind = "PASS", "token"
     form = await request.read_all(_MAX_FORM) if request.method == "POST" else None
     path, connection = _path_and_query(request), request.connection_number
@@ -175,24 +192,34 @@ async def forward_token_request(request: Request, upstream: UpstreamRegistry, re
     await _forward_page_response(request, response)
 
 
-async def forward_page(request: Request, upstream: UpstreamRegistry) -> None:
+async def forward_page(request: Request, upstream: UpstreamRegistry, tunnels: Tunnels) -> None:
     """Forward a request that is not of the API: to a web page, a git repository or another API of the same host.
 
     The client deals with that server by itself, with its own login and cookies, as through a tunnel: only the fields of
-    single connections are left out, and no login of ours is ever shown.
+    single connections are left out, and no login of ours is ever shown. If both agree on a protocol such as WebSocket,
+    a tunnel is what it becomes.
     """
     request.cache_status = "PASS"
     headers, body = request.headers.end_to_end().without(*_NOT_FORWARDED), request_body_producer(request)
+    protocols = None if is_api_path(request.path) else requested_protocols(request.head)
+    if protocols is not None:
+        headers = Headers.from_lowercase([*headers, ("upgrade", protocols)])
     response = await upstream.forward_page(
         request.method, _path_and_query(request), headers, body, client_connection=request.connection_number
     )
-    await _forward_page_response(request, response)
+    if response.status == 101:
+        await switch_protocols(request, response, _page_fields(request, response), tunnels)
+    else:
+        await _forward_page_response(request, response)
 
 
 async def _forward_page_response(request: Request, response: RegistryResponse) -> None:
     request.security_fields = ""  # the page has its own
-    fields = [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
-    await forward_response(request, response, fields)
+    await forward_response(request, response, _page_fields(request, response))
+
+
+def _page_fields(request: Request, response: RegistryResponse) -> FieldList:
+    return [*page_fields(response.headers), *cache_status_fields(request.cache_status)]
 
 
 def _path_and_query(request: Request) -> str:

@@ -104,14 +104,16 @@ class Agent:
         connection that the request came on, if there is one: a connection that it logged in is used for it alone.
         `client` is the address of the client that chose the server, if a client did: such a server is no registry, and
         not remembered if it is silent. With `reuse`, a request with a body or an effect may go over an idle connection,
-        too, and the caller sends it again after `ConnectionDropped`. Raise the dialer's errors, `UpstreamUnreachable`
-        (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
+        too, and the caller sends it again after `ConnectionDropped`. Of the fields for single connections only Upgrade
+        is sent, and the response to it may have the status 101. Raise the dialer's errors, `UpstreamUnreachable` (TLS),
+        `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
         if address_check is None:
             address_check = self._default_address_check(origin.host)
         head = _render_head(method, origin, target, headers, body)
-        request = OutgoingRequest(method, url, head, body, client_connection, request_logs_in(headers))
+        protocols = headers.joined("upgrade")
+        request = OutgoingRequest(method, url, head, body, client_connection, request_logs_in(headers), protocols)
         key = (origin, address_check)
         # The server may close an idle connection at this moment. A request must not be lost if it cannot be sent again.
         # On a connection that its client logged in, it is sent all the same, because only that one will do.
@@ -199,7 +201,7 @@ class Agent:
         self._pool.put(connection)
 
     def on_connection_lost(self, connection: UpstreamConnection) -> None:
-        """Remove `connection`, which is closed, from the pool and from the open connections."""
+        """Remove `connection`, which is no longer ours, from the pool and from the open connections."""
         self._pool.remove(connection)
         self._connections.discard(connection)
         if not self._connections:
@@ -260,6 +262,8 @@ def _render_head(method: str, origin: Registry, target: str, headers: Headers, b
         fields.append(framing_field(body))
     elif method in _BODY_METHODS:
         fields.append(("Content-Length", "0"))
+    if (protocols := headers.joined("upgrade")) is not None:
+        fields += [("Connection", "Upgrade"), ("Upgrade", protocols)]
     try:
         return render_request_head(method, target, fields)
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Protocol as TypingProtocol
 from attrs import field, frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IHandshakeListener, IPushProducer, ITCPTransport
+from twisted.internet.interfaces import IHandshakeListener, IProtocol, IPushProducer, ITCPTransport
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
@@ -25,6 +25,7 @@ from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamError, Up
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream, ClientBuffers
 from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
+from dockerproxy.http.upgrade import switches_as_requested
 from dockerproxy.oci.names import Digest
 from dockerproxy.upstream.body_writer import BodyWriter
 from dockerproxy.upstream.connection_auth import response_logs_in
@@ -64,7 +65,7 @@ class OutgoingRequest:
     """A request to send. `head` contains the bytes of the head; `url` is copied to the response.
 
     `client_connection` identifies the client's connection that it came on, or is None. `logs_in` is whether the request
-    may log the connection to the upstream in.
+    may log the connection to the upstream in. `protocols` are those that the server may switch to, as in Upgrade.
     """
 
     method: str
@@ -73,6 +74,7 @@ class OutgoingRequest:
     body: IBodyProducer | None = None
     client_connection: Hashable = None
     logs_in: bool = False
+    protocols: str | None = None
 
 
 def bound_key(key: Hashable, client_connection: Hashable) -> Hashable:
@@ -88,7 +90,7 @@ class ConnectionDropped(UpstreamBroken):
 
 class Response:
     """A response whose head has been received. Read its body with `read_chunk` or `read_pieces`, or call `discard` or
-    `abort`.
+    `abort`. If its status is 101, call `hand_over` or `abort`.
 
     `length` is the Content-Length, or None. In a response to HEAD it is the length that GET would return. `read_chunk`
     and `read_pieces` return the content as it was sent, `read_all` undoes its codings (`content_coding`).
@@ -199,6 +201,10 @@ class Response:
         finally:
             self.abort()
 
+    def hand_over(self, protocol: IProtocol) -> None:
+        """Attach `protocol` to the connection, which no longer speaks HTTP. Raise `UpstreamBroken` if it is closed."""
+        self._connection.hand_over(self, protocol)
+
     def abort(self) -> None:
         """Drop the rest of the body, and abort the connection unless the body is complete."""
         self._connection.abort_response(self)
@@ -216,7 +222,7 @@ class ConnectionOwner(TypingProtocol):
         """Called when `connection` is ready for another exchange."""
 
     def on_connection_lost(self, connection: UpstreamConnection) -> None:
-        """Called when `connection` is closed."""
+        """Called when `connection` is closed, or handed over to another protocol."""
 
 
 @implementer(IHandshakeListener, IPushProducer)
@@ -252,6 +258,7 @@ class UpstreamConnection(Protocol):
         self._read_timer = IdleTimer(clock, timeouts.read, self._on_read_timeout)
         self._method = ""
         self._url = ""
+        self._protocols: str | None = None
         self._response_waiter: Deferred[Response] | None = None  # until the head is received
         self._response: Response | None = None  # from then until the response is complete
         self._body_writer: BodyWriter | None = None
@@ -291,7 +298,7 @@ class UpstreamConnection(Protocol):
 
         Cancelling the Deferred aborts the connection.
         """
-        self._method, self._url = request.method, request.url
+        self._method, self._url, self._protocols = request.method, request.url, request.protocols
         self._buffer, self._interim_size = b"", 0
         self._client_connection = request.client_connection
         if request.body is not None:
@@ -317,7 +324,7 @@ class UpstreamConnection(Protocol):
         the time for an answer. See TCP_USER_TIMEOUT in tcp(7).
         """
         transport, milliseconds = self.transport, min(int(seconds * 1000), 2**31 - 1)
-        if ITCPTransport.providedBy(self.transport):
+        if isinstance(transport, SocketTransport) or ITCPTransport.providedBy(transport):
             transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
@@ -328,6 +335,28 @@ class UpstreamConnection(Protocol):
         """Abort the connection if it still receives `response`."""
         if self._response is response:
             self.abort()
+
+    def hand_over(self, response: Response, protocol: IProtocol) -> None:
+        """Attach `protocol` in place of this one, after `response` has switched protocols; see `Response.hand_over`."""
+        if self._response is not response or not self._connected:
+            raise UpstreamBroken(f"{self.authority}: closed the connection")
+        self._response = None
+        self._connected = self.alive = False
+        self._read_timer.stop()
+        self._limit_unacknowledged(0)  # as long as the kernel likes, because the receiver may pause
+        self._owner.on_connection_lost(self)
+        received, self._buffer = self._buffer, b""
+        transport = self.transport
+        if isinstance(transport, SocketTransport):
+            transport.read_for_relay()
+            transport.set_protocol(protocol)
+        else:  # Twisted's, without TLS
+            transport.bufferSize = READ_SIZE
+            transport.protocol = protocol
+            protocol.makeConnection(transport)
+            transport.resumeProducing()
+        if received:
+            protocol.dataReceived(received)
 
     def abort(self) -> None:
         """Abort the connection."""
@@ -374,7 +403,7 @@ class UpstreamConnection(Protocol):
 
     def _handle_head(self, head: ResponseHead, size: int, waiter: Deferred[Response]) -> None:
         if head.status == 101:
-            raise ValueError("it switched protocols without a request to do so (status 101)")
+            return self._switch_protocols(head, waiter)
         if head.status < 200:  # RFC 9110, section 15.2: a client may ignore interim responses
             self._interim_size += size + 4
             return
@@ -396,6 +425,19 @@ class UpstreamConnection(Protocol):
             if rest:
                 self._read_body(rest)
         waiter.callback(response)
+
+    def _switch_protocols(self, head: ResponseHead, waiter: Deferred[Response]) -> None:
+        """Stop to read HTTP. What follows the head is kept until the connection is handed over or aborted."""
+        if not switches_as_requested(self._protocols, head.headers):
+            raise ValueError("it switched protocols without a request to do so (status 101)")
+        if self._body_writer is not None:  # RFC 9110, section 7.8: only after it has received the whole request
+            raise ValueError("it switched protocols before it had the whole request (status 101)")
+        self._response, self._response_waiter = Response(self._url, head, ByteStream(self), self), None
+        self._reusable = False
+        self._body_reader = BodyReader()
+        self.transport.pauseProducing()
+        self._read_timer.start()
+        waiter.callback(self._response)
 
     def _bind_to_client(self) -> None:
         if not self._logged_in:

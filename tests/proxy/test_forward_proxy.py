@@ -10,15 +10,16 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
 
+from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.errors import UpstreamBroken, UpstreamUnreachable
 from dockerproxy.http.request import Request
+from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.proxy.forward_proxy import DestinationCheck, ForwardProxy, Interception
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.tunnel import TunnelTimeouts
 from dockerproxy.upstream.agent import Agent, UpstreamTimeouts
 from dockerproxy.upstream.tls import ClientContext
 from tests.support.resolvers import StaticResolver
@@ -80,12 +81,11 @@ class ProxyHarness:
         def no_context(host: object) -> Any:
             raise AssertionError("no TLS in memory")
 
-        dialer = Dialer(self.reactor, self.resolver, connect_timeout=20)
+        dialer, login = Dialer(self.reactor, self.resolver, connect_timeout=20), ProxyLogin(None)
         return ForwardProxy(
-            clock=self.reactor,
             circles=None,
             policy=make_policy(**changes),
-            login=ProxyLogin(None),
+            login=login,
             interception=Interception({QUAY.host: QUAY, PLAIN.host: PLAIN}, no_context, registry),
             dialer=dialer,
             agent=self.agent or Agent(self.reactor, dialer, ClientContext(verify=False), UpstreamTimeouts(20, 20, 20)),
@@ -95,9 +95,13 @@ class ProxyHarness:
             hosted_context_for=no_context,
             registry_ports=frozenset({5443}),
             registry_http_ports=frozenset({5000}),
-            timeouts=TunnelTimeouts(),
-            transfers=[],
-            on_request_finished=lambda request, seconds: self.closed_tunnels.append((request, seconds)),
+            tunnels=Tunnels(
+                self.reactor,
+                TunnelTimeouts(),
+                Transfers(),
+                login.allows,
+                lambda request, seconds: self.closed_tunnels.append((request, seconds)),
+            ),
         )
 
 

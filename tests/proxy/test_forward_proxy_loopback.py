@@ -33,7 +33,7 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.proxy.tunnel import TunnelTimeouts
+from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from tests.support.resolvers import StaticResolver
 from tests.support.tls_tunnel import open_tls
 
@@ -130,8 +130,8 @@ class ForwardProxyLoopbackCase(TestCase):
             request.respond(200, [], b"from the hosted registry")
 
         registries = {registry.host: registry for registry in (QUAY, PLAIN_HTTP, ADDRESS, IPV6)}
+        login = ProxyLogin(None)
         return ForwardProxy(
-            clock=self.clock,
             circles=None,
             policy=Policy(
                 AddressSet.parse("loopback"),
@@ -140,7 +140,7 @@ class ForwardProxyLoopbackCase(TestCase):
                 Destinations.parse("none"),
                 is_own_address,
             ),
-            login=ProxyLogin(None),
+            login=login,
             interception=Interception(registries, lambda host: authority.context_for(host.name), registry),
             dialer=Dialer(
                 reactor,
@@ -154,9 +154,13 @@ class ForwardProxyLoopbackCase(TestCase):
             hosted_context_for=authority.context_for,
             registry_ports=frozenset({5443}),
             registry_http_ports=frozenset({5000}),
-            timeouts=TunnelTimeouts(read=60, send=60),
-            transfers=self.transfers,
-            on_request_finished=lambda request, seconds: self.tunnels.append(request),
+            tunnels=Tunnels(
+                self.clock,
+                TunnelTimeouts(read=60, send=60),
+                self.transfers,
+                login.allows,
+                lambda request, seconds: self.tunnels.append(request),
+            ),
         )
 
     # client side, in a thread

@@ -311,8 +311,8 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.forwarded_requests.append(ForwardedRequest(method, path, name, headers, content))
         if isinstance(self.response, Exception):
             raise self.response
-        assert isinstance(self.response, FakeRegistryResponse)
-        return self.response
+        response: FakeRegistryResponse = self.response
+        return response
 
     def write(self, data: bytes) -> None:
         self.body_chunks.append(data)

@@ -7,8 +7,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
 
+from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.errors import (
     BlobUnknown,
     Unauthorized,
@@ -18,7 +22,9 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.http.cross_origin import CrossOriginProtection
+from dockerproxy.http.headers import Headers
 from dockerproxy.http.request import Request
+from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.manifests import EMPTY_INDEX, OCI_INDEX
 from dockerproxy.oci.names import Digest, Host, Registry, Repository
@@ -57,10 +63,17 @@ WRITES = [
 def connect_intercepted(connect_client: Any, upstream: Any) -> Any:
     """Return a function that connects a client to an intercepted registry."""
 
-    def make(allow_push: bool = False, registry: Registry = QUAY, **options: Any) -> Any:
-        clock = Clock()
+    def make(
+        allow_push: bool = False, registry: Registry = QUAY, tunnels: Tunnels | None = None, **options: Any
+    ) -> Any:
+        clock = Clock() if tunnels is None else tunnels.clock
         intercepted = Intercepted(
-            RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=allow_push
+            RegistryAPI(clock),
+            upstream.open_registry,
+            upstream,
+            CrossOriginProtection(),
+            tunnels or make_tunnels(clock),
+            allow_push=allow_push,
         )
         return connect_client(
             lambda request: intercepted.handle(registry, request), clock=clock, **{"secure": True, **options}
@@ -87,6 +100,18 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
         return connect_client(registries.handle, clock=clock, **options)
 
     return make
+
+
+def make_tunnels(clock: Clock, finished: list[Request] | None = None, allowed: list[str | None] | None = None) -> Tunnels:
+    """Return tunnels that add the requests of those that have ended to `finished`, for `allowed` users or all."""
+    requests = [] if finished is None else finished
+    return Tunnels(
+        clock,
+        TunnelTimeouts(read=60, send=60),
+        Transfers(),
+        lambda user: allowed is None or user in allowed,
+        lambda request, seconds: requests.append(request),
+    )
 
 
 async def has_no_repository(repository: Repository) -> bool:
@@ -116,7 +141,12 @@ def test_the_coroutine_that_streams_is_not_wrapped(connect_client: Any, upstream
     """Every coroutine around it costs memory for each slow client."""
     clock, names = Clock(), []
     intercepted = Intercepted(
-        RegistryAPI(clock), upstream.open_registry, upstream, CrossOriginProtection(), allow_push=False
+        RegistryAPI(clock),
+        upstream.open_registry,
+        upstream,
+        CrossOriginProtection(),
+        make_tunnels(clock),
+        allow_push=False,
     )
     mirror = Mirror(RegistryAPI(clock), upstream.open_registry, MIRRORED, HUB, CrossOriginProtection())
     registries = NamespacedRegistries(None, mirror.handle, frozenset(), MIRRORED, has_no_repository, True)  # type: ignore[arg-type]
@@ -314,6 +344,131 @@ def test_other_requests_are_forwarded_verbatim(
         assert client.finished_requests[0].cache_status == "PASS"
         upstream.response._remaining = b"from upstream"
     assert upstream.calls == []
+
+
+# Changes of the protocol
+
+WEBSOCKET = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "h2c, websocket"), ("Sec-WebSocket-Key", "abc")]
+SWITCH = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-accept", "xyz"), ("set-cookie", "a=b")]
+
+
+class ServerTransport(StringTransport):
+    """The transport of the server that speaks another protocol. It is in the test's hands when it closes."""
+
+    def getHandle(self) -> Any:
+        return FakeSocket()
+
+
+class FakeSocket:
+    def setsockopt(self, *arguments: Any) -> None: ...
+
+
+class SwitchedResponse:
+    """A response with the status 101, whose connection has brought `rest` after the head."""
+
+    status, length = 101, None
+
+    def __init__(self, rest: bytes = b"", error: Exception | None = None) -> None:
+        self.headers = Headers(SWITCH)
+        self.transport = ServerTransport()
+        self.aborted = False
+        self._rest = rest
+        self._error = error
+
+    def hand_over(self, protocol: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        self.transport.protocol = protocol
+        protocol.makeConnection(self.transport)
+        if self._rest:
+            protocol.dataReceived(self._rest)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+def test_a_web_socket_becomes_a_tunnel(connect_intercepted: Any, upstream: Any) -> None:
+    clock, finished = Clock(), []
+    upstream.response = response = SwitchedResponse(rest=b"<hello>")
+    client = connect_intercepted(tunnels=make_tunnels(clock, finished))
+    client.send_request("GET", "/ws?x=1", [*WEBSOCKET, ("Authorization", "Bearer client"), ("Cookie", "session=1")])
+    head, _, rest = client.received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+    for line in (b"Connection: Upgrade", b"Upgrade: websocket", b"sec-websocket-accept: xyz", b"set-cookie: a=b"):
+        assert head.count(line) == 1, line
+    assert rest == b"<hello>"
+    [forwarded] = upstream.forwarded_requests
+    assert (forwarded.method, forwarded.path) == ("GET", "/ws?x=1")
+    assert [value for name, value in forwarded.headers if name == "upgrade"] == ["websocket"]
+    assert forwarded.headers.get("sec-websocket-key") == "abc"
+    assert forwarded.headers.get("cookie") == "session=1"
+    assert upstream.open_calls == [(QUAY, "Bearer client")]
+    client.send(b"GET /v2/ HTTP/1.1\r\n\r\n")
+    assert response.transport.value() == b"GET /v2/ HTTP/1.1\r\n\r\n"  # bytes like all others
+    response.transport.protocol.dataReceived(b"<bye>")
+    assert client.received.endswith(b"<hello><bye>")
+    assert finished == []
+    client.disconnect()
+    assert response.transport.disconnecting
+    response.transport.protocol.connectionLost(Failure(ConnectionDone()))
+    [request] = finished
+    assert (request.status, request.bytes_sent, request.cache_status, request.path) == (101, 12, "PASS", "/ws")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "version"),
+    [
+        ("/v2/", WEBSOCKET, "1.1"),
+        ("/v2/some/thing", WEBSOCKET, "1.1"),
+        ("/v2/a/b/tags/list", WEBSOCKET, "1.1"),
+        ("/V2/a", WEBSOCKET, "1.1"),
+        ("/%76%32/x", WEBSOCKET, "1.1"),
+        ("/x/../v2/y", WEBSOCKET, "1.1"),
+        ("/ws", WEBSOCKET, "1.0"),
+        ("/ws", WEBSOCKET[1:], "1.1"),
+        ("/ws", [("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c")], "1.1"),
+        ("/ws", [("Connection", "Upgrade"), ("Upgrade", "TLS/1.3, HTTP/2.0")], "1.1"),
+    ],
+)
+def test_no_other_protocol_is_asked_for(
+    connect_intercepted: Any, upstream: Any, path: str, fields: Any, version: str
+) -> None:
+    """Below /v2/ requests are ours to see; HTTP/2 and TLS would carry requests that nobody sees."""
+    connect_intercepted().send_request("GET", path, fields, version=version)
+    for forwarded in upstream.forwarded_requests:
+        assert "upgrade" not in forwarded.headers
+        assert "connection" not in forwarded.headers
+
+
+def test_a_server_that_does_not_switch_answers_as_always(connect_intercepted: Any, upstream: Any) -> None:
+    client = connect_intercepted()
+    response = client.fetch("GET", "/ws", WEBSOCKET)
+    assert (response.status, response.body) == (200, b"from upstream")
+    assert "Upgrade" not in response.headers
+    assert client.fetch("GET", "/", []).status == 200  # the connection goes on
+
+
+def test_a_server_that_has_gone_after_it_switched_is_a_502(connect_intercepted: Any, upstream: Any) -> None:
+    upstream.response = SwitchedResponse(error=UpstreamBroken("quay.io:443: closed the connection"))
+    client = connect_intercepted()
+    assert client.fetch("GET", "/ws", WEBSOCKET).status == 502
+    assert upstream.response.aborted
+    assert len(client.finished_requests) == 1
+
+
+def test_a_web_socket_ends_with_its_user(connect_intercepted: Any, upstream: Any) -> None:
+    """It is not one request, so that the users of the proxy are looked at again and again."""
+    clock, allowed = Clock(), [None]
+    upstream.response = SwitchedResponse()
+    client = connect_intercepted(tunnels=make_tunnels(clock, allowed=allowed))
+    client.send_request("GET", "/ws", WEBSOCKET)
+    for _ in range(3):
+        client.send(b"ping", 40)
+        assert not client.transport.aborted
+    allowed.clear()
+    client.send(b"ping", 60)
+    assert client.transport.aborted
+    assert upstream.response.transport.disconnecting or upstream.response.transport.disconnected
 
 
 def test_hop_by_hop_request_fields_are_not_forwarded(connect_intercepted: Any, upstream: Any) -> None:
@@ -1085,7 +1240,8 @@ def test_pages_of_other_sites_do_not_push(connect_intercepted: Any, upstream: An
 
 def test_a_page_of_cors_origins_reads(connect_client: Any, upstream: Any, fake_response: Any) -> None:
     api, cross_origin = RegistryAPI(Clock()), CrossOriginProtection(["https://ui.example"])
-    intercepted = Intercepted(api, upstream.open_registry, upstream, cross_origin, allow_push=False)
+    tunnels = make_tunnels(Clock())
+    intercepted = Intercepted(api, upstream.open_registry, upstream, cross_origin, tunnels, allow_push=False)
     client = connect_client(partial(intercepted.handle, QUAY), secure=True)
     fields = [("Origin", "https://ui.example"), ("Access-Control-Request-Method", "GET")]
     assert client.fetch("OPTIONS", "/v2/a/b/tags/list", fields).status == 204

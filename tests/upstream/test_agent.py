@@ -25,6 +25,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IPullProducer
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import Clock, deferLater
+from twisted.internet.testing import AccumulatingProtocol
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import TestCase
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
@@ -157,6 +158,7 @@ def respond_with(*parts: bytes, close: bool = False) -> Callable[[Any, bytes], N
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+SENT_UPGRADE = [b"x-end: 2", b"Connection: Upgrade", b"Upgrade: echo"]
 
 
 @implementer(IBodyProducer)
@@ -346,14 +348,48 @@ class PlainHTTPTests(AgentLoopbackCase):
     async def test_kernel_ends_connections_on_which_nothing_is_acknowledged(self) -> None:
         """The time is short for requests of a single packet, and that of a pause for bodies."""
         _, port = self.serve(respond_with(OK))
-        agent, url = self.make_agent(), f"http://127.0.0.1:{port}/"
-        for method, body, milliseconds in (("GET", None, 10_000), ("PUT", PiecewiseBodyProducer(b"x"), 40_000)):
-            response = await agent.request(method, url, body=body)
+        _, tls_port = self.serve(respond_with(OK), ServerTLSCreator(AUTHORITY.issue("127.0.0.1")))
+        agent = self.make_trusting_agent({})
+        for origin, method, body, milliseconds in (
+            (f"http://127.0.0.1:{port}", "GET", None, 10_000),
+            (f"http://127.0.0.1:{port}", "PUT", PiecewiseBodyProducer(b"x"), 40_000),
+            (f"https://127.0.0.1:{tls_port}", "GET", None, 10_000),
+            (f"https://127.0.0.1:{tls_port}", "PUT", PiecewiseBodyProducer(b"x"), 40_000),
+        ):
+            response = await agent.request(method, f"{origin}/", body=body)
             await response.read_all(9)
             [connection] = agent._connections
             sock = connection.transport.getHandle()
             self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), milliseconds)
             connection.abort()
+            await wait_until(lambda: not agent.open_connections)
+
+    async def test_connection_that_speaks_another_protocol(self) -> None:
+        """It is handed over with what came after the head, has no time-out, and is no longer the agent's."""
+
+        def respond(connection: Any, head: bytes) -> None:
+            connection.transport.write(b"HTTP/1.1 101 Switching\r\nUpgrade: echo\r\n\r\nearly")
+            connection.dataReceived = connection.transport.write
+
+        server, port = self.serve(respond)
+        tls_server, tls_port = self.serve(respond, ServerTLSCreator(AUTHORITY.issue("127.0.0.1")))
+        agent = self.make_trusting_agent({})
+        for served, origin in ((server, f"http://127.0.0.1:{port}"), (tls_server, f"https://127.0.0.1:{tls_port}")):
+            fields = Headers([("Upgrade", "echo"), ("Connection", "Upgrade, X-Hop"), ("X-Hop", "1"), ("X-End", "2")])
+            response = await agent.request("GET", f"{origin}/ws", fields)
+            self.assertEqual(response.status, 101)
+            lines = served.heads[0].split(b"\r\n")
+            self.assertEqual([line for line in lines if line.startswith((b"X-", b"Con", b"Upg"))], SENT_UPGRADE)
+            protocol = AccumulatingProtocol()
+            response.hand_over(protocol)
+            self.assertEqual((agent.open_connections, agent.idle_connections), (0, 0))
+            sock = protocol.transport.getHandle()
+            self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 0)
+            self.clock.advance(3600)
+            protocol.transport.write(b" and late")
+            await wait_until(lambda protocol=protocol: protocol.data == b"early and late")
+            protocol.transport.loseConnection()
+            await wait_until(lambda protocol=protocol: protocol.closed)
 
     async def test_connections_that_died_cost_one_wait_together(self) -> None:
         """A firewall has forgotten the idle connections. One request finds it out, and the others get new ones."""

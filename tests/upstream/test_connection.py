@@ -9,7 +9,7 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
+from twisted.internet.testing import AccumulatingProtocol, StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -27,6 +27,7 @@ from dockerproxy.upstream.http1 import MAX_HEAD
 
 GET = OutgoingRequest("GET", "http://a/", b"GET / HTTP/1.1\r\n\r\n")
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+SWITCH = b"HTTP/1.1 101 Switching\r\nUpgrade: WebSocket\r\n\r\n"
 
 
 class ManualBodyProducer:
@@ -117,6 +118,58 @@ class ConnectionTests(SynchronousTestCase):
         pending = self.exchange()
         self.receive(OK.replace(b"1.1", b"1.0", 1))
         self.assertTrue(self.transport.disconnecting)
+
+    def switch(self, head: bytes = SWITCH, rest: bytes = b"") -> Response:
+        """Return the response with the status 101 to a request that asked for it."""
+        pending = self.exchange(OutgoingRequest("GET", "http://a/", b"", protocols="websocket, x/1"))
+        self.receive(head + rest)
+        return self.successResultOf(pending)
+
+    def test_connection_is_handed_over_after_a_switch_of_protocols(self) -> None:
+        for rest in (b"", b"early"):
+            self.setUp()
+            response = self.switch(b"HTTP/1.1 103 Early Hints\r\n\r\n" + SWITCH, rest)
+            self.assertEqual((response.status, response.headers.get("upgrade")), (101, "WebSocket"))
+            self.assertEqual(self.transport.producerState, "paused")  # nothing is read that nobody takes
+            protocol = AccumulatingProtocol()
+            response.hand_over(protocol)
+            self.assertEqual((protocol.data, protocol.transport), (rest, self.transport))
+            self.assertIs(self.transport.protocol, protocol)
+            self.assertEqual(self.transport.producerState, "producing")
+            self.assertEqual((self.connection.alive, self.idle_count, self.lost_count), (False, 0, 1))
+            self.assertEqual(self.clock.getDelayedCalls(), [])
+            response.abort()
+            self.connection.abort()
+            self.assertFalse(self.transport.disconnected)  # it belongs to the protocol
+
+    def test_a_switched_connection_that_nobody_takes_is_aborted(self) -> None:
+        self.switch().abort()
+        self.assertTrue(self.transport.disconnected)
+        self.setUp()
+        response = self.switch()
+        self.clock.advance(30)
+        self.assertTrue(self.transport.disconnected)
+        self.assertRaises(UpstreamBroken, response.hand_over, AccumulatingProtocol())
+        self.setUp()
+        response = self.switch()
+        self.lose_connection()
+        self.assertRaises(UpstreamBroken, response.hand_over, AccumulatingProtocol())
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_server_may_switch_only_to_requested_protocols(self) -> None:
+        for protocols, upgrade in ((None, b"websocket"), ("websocket", b"h2c"), ("websocket", b"")):
+            self.setUp()
+            pending = self.exchange(OutgoingRequest("GET", "http://a/", b"", protocols=protocols))
+            self.receive(SWITCH.replace(b"WebSocket", upgrade))
+            self.failureResultOf(pending, UpstreamBroken)
+            self.assertTrue(self.transport.disconnected)
+
+    def test_server_may_not_switch_before_it_has_the_whole_request(self) -> None:
+        body = ManualBodyProducer()
+        pending = self.exchange(OutgoingRequest("POST", "http://a/", b"", body, protocols="websocket"))
+        self.receive(SWITCH)
+        self.failureResultOf(pending, UpstreamBroken)
+        self.assertEqual(body.calls, ["stop"])
 
     def test_trailing_bytes_close_the_connection(self) -> None:
         for response_bytes in (OK + OK, OK + b"x", b"HTTP/1.1 204 No\r\n\r\nx"):

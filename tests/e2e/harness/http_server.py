@@ -11,7 +11,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from io import BufferedReader
+from typing import Any, BinaryIO
 
 from attrs import define, field
 
@@ -91,6 +92,13 @@ class HTTPExchange:
         connection = self._handler.connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._handler.close_connection = True
+
+    def take_over(self) -> tuple[BufferedReader, BinaryIO]:
+        """Return the two directions of the connection, which speaks another protocol from now on."""
+        self._handler.close_connection = True
+        reader = self._handler.rfile
+        assert isinstance(reader, BufferedReader)
+        return reader, self._handler.wfile
 
     def read_body(self) -> Iterator[bytes]:
         """Yield the request's body as it is received."""

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from dockerproxy.net.dial import SingleProtocolFactory
-from dockerproxy.proxy.tunnel import Tunnel, TunnelTimeouts
+from dockerproxy.http.tunnel import Tunnel, TunnelTimeouts
 
 
 class FakeTransport:

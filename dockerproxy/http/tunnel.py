@@ -1,14 +1,18 @@
-"""A tunnel: copies bytes between two connections without looking at them."""
+"""Tunnels: they copy bytes between two connections without looking at them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
+from typing import Protocol as TypingProtocol
 
 from attrs import frozen
+from twisted.internet.interfaces import IProtocol
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
+from dockerproxy.http.request import Request
 from dockerproxy.http.transport import limit_unsent
 
 _CHECK_INTERVAL = 60.0  # seconds
@@ -80,6 +84,60 @@ class Tunnel:
 
     def _schedule_check(self, idle: float) -> None:
         self._timer = self._clock.callLater(min(self._idle_timeout - idle, _CHECK_INTERVAL), self._check)
+
+
+class TransferTracker(TypingProtocol):
+    """Tracks open tunnels, and TLS within the proxy's TLS, so that the daemon can wait for them when it stops."""
+
+    def add(self, abort: Callable[[], None]) -> Any: ...
+
+    def remove(self, handle: Any) -> None: ...
+
+
+@frozen
+class Tunnels:
+    """Opens tunnels between clients and other servers.
+
+    `transfers` knows those that are open. `may_go_on` returns whether one may go on that this user of the proxy opened,
+    None for a client without a login. `on_request_finished` is called when a tunnel has ended, with the request that
+    opened it and the seconds since then.
+    """
+
+    clock: Any
+    timeouts: TunnelTimeouts
+    transfers: TransferTracker
+    may_go_on: Callable[[str | None], bool]
+    on_request_finished: Callable[[Request, float], None]
+
+    async def open(
+        self, request: Request, status: int, head: bytes, connect: Callable[[IProtocol], Awaitable[object]]
+    ) -> None:
+        """Turn the connection of `request` into a tunnel. `connect` attaches a protocol to that of the server.
+
+        The client then gets `head`, the head of a response with `status`. Raise the errors of `connect`, after which
+        the request can still be answered.
+        """
+        started_at = self.clock.seconds()
+
+        def on_closed(size: int) -> None:
+            request.bytes_sent = size
+            self.transfers.remove(transfer)
+            self.on_request_finished(request, self.clock.seconds() - started_at)
+
+        tunnel = Tunnel(self.clock, self.timeouts, on_closed, partial(self.may_go_on, request.proxy_user))
+        await connect(tunnel.server)
+        try:
+            transport, received = request.detach()
+        except BaseException:
+            tunnel.abort()
+            raise
+        request.status, request.cache_status = status, "PASS"
+        transfer = self.transfers.add(tunnel.abort)
+        transport.write(head)
+        transport.set_protocol(tunnel.client)
+        if received:
+            tunnel.client.dataReceived(received)
+        tunnel.start()
 
 
 class _TunnelSide(Protocol):
