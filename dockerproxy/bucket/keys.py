@@ -1,4 +1,4 @@
-"""The keys of the objects in a bucket. Pure.
+"""The keys of the objects in a bucket.
 
 The keys of blobs and repositories are those of CNCF distribution's s3 driver: the paths of `store.layout`. Ours are
 beside them, and below `dockerproxy/`:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from attrs import frozen
@@ -216,7 +216,7 @@ def check_evictions(idle_age: float | None) -> Iterator[Diagnosis]:
 
 def check_authority(expires_at: float, now: float, readable_key: str, setting: str) -> Iterator[Diagnosis]:
     """Return how long the CA is valid, and whether others can read its key, the file `readable_key` then."""
-    left, date = expires_at - now, time.strftime("%Y-%m-%d", time.gmtime(expires_at))
+    left, date = expires_at - now, datetime.fromtimestamp(expires_at, UTC).strftime("%Y-%m-%d")
     if left < _CA_WARNING:
         level = BAD if left < _CA_ERROR else WARN
         sentence = f"the CA ends on {date}" if left > 0 else f"the CA ended on {date}"
@@ -400,7 +400,7 @@ def format_seconds(seconds: float) -> str:
 
 def format_time(timestamp: float) -> str:
     """Return the date and the time of day."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(timestamp))
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def format_bytes(number: float) -> str:
