@@ -22,6 +22,7 @@ from dockerproxy.cache.manifests import CachedManifests
 from dockerproxy.cache.token_endpoint import ObservedResponse, TokenEndpoint, TokenRequest
 from dockerproxy.cache.upstream import (
     DecodedResponse,
+    DirectResponse,
     RegistryClient,
     UpstreamPrincipal,
     UpstreamRepository,
@@ -38,6 +39,7 @@ from dockerproxy.errors import (
     RegistryError,
     Unauthorized,
     UpstreamBroken,
+    UpstreamFailing,
     UpstreamRefused,
     is_outage,
 )
@@ -512,12 +514,16 @@ class CachedRegistry:
         """Return the 401 for a client without a login if `error` is an outage of a registry with logins, else `error`.
 
         containerd and oras do not begin with `/v2/`. They fetch a token, which reads what is cached of `name`, only if
-        the request for the content itself gets a challenge.
+        the request for the content itself gets a challenge. If the registry limits the rate of clients without a login,
+        it is the challenge that the registry has for a request without a token: with a login there may be more pulls.
         """
         if self.authorization is not None or self.local_token is not None:
             return error
-        if not is_outage(error) or error.status == 429 or isinstance(error, IntermediaryRefused):
+        if not is_outage(error) or isinstance(error, IntermediaryRefused):
             return error  # a login helps only if it lets the client read what is cached
+        is_limited = error.status == 429
+        if is_limited and not isinstance(error, UpstreamFailing):
+            return error  # by the token server, or by a bound of ours
         challenges = self.cache.challenges.cached(self.registry)
         if self._allows_anonymous(challenges):
             return error
@@ -526,10 +532,11 @@ class CachedRegistry:
             challenge.with_parameter("scope", scope) if challenge.scheme == "bearer" else challenge
             for challenge in challenges
         ]
-        return LocalTokenRequired(
-            f"authentication required, because only cached content of {name} can be served: {error.message}",
-            headers=[("WWW-Authenticate", challenge.render()) for challenge in fields],
-        )
+        headers = [("WWW-Authenticate", challenge.render()) for challenge in fields]
+        if is_limited:
+            return Unauthorized(f"authentication required, because of a rate limit: {error.message}", headers=headers)
+        message = f"authentication required, because only cached content of {name} can be served: {error.message}"
+        return LocalTokenRequired(message, headers=headers)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""

@@ -600,7 +600,7 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     for authorization in (ALICE, local_token(harness, "public")):  # no second challenge, which would be no cause
         assert harness.client(authorization).request_login(error, NAME) is error
     assert harness.client(registry=OTHER).request_login(error, NAME) is error  # its challenge is not known
-    for other_error in (UpstreamFailing("too many", 429), TooManyRequests("of tokens"), UpstreamRefused(404, b"", [])):
+    for other_error in (TooManyRequests("of tokens"), UpstreamRefused(404, b"", [])):
         assert harness.client().request_login(other_error, NAME) is other_error
     harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
     with pytest.raises(Unauthorized):
@@ -609,6 +609,32 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     assert refusal.headers == (("WWW-Authenticate", 'Basic realm="x"'),)
     with_login = make_harness(login=LOGIN)
     assert with_login.client(registry=OTHER).request_login(error, NAME) is error  # the configured login serves it
+
+
+@get_and_head
+@pytest.mark.parametrize("head_status", [401, 429])
+def test_a_rate_limit_of_clients_without_a_login_asks_for_one(
+    harness: CacheHarness, head: bool, head_status: int
+) -> None:
+    """Directly, a request without a token gets a challenge, and so a client with a login gets to its own limit."""
+    fill_repository(harness, readers={ALICE})
+    pull(harness, ALICE)
+    harness.upstream.on("HEAD", "manifests", respond_with(head_status))
+    harness.upstream.on("GET", "manifests", respond_with(429, retry_after="600"))
+    client = harness.client()
+    with pytest.raises(UpstreamFailing) as excinfo:
+        ask(harness, PATHS_TO_CONTENT[0], head=head)
+    assert excinfo.value.status == 429
+    refusal = client.request_login(excinfo.value, NAME)
+    assert isinstance(refusal, Unauthorized) and excinfo.value.message in refusal.message
+    [(_, value)] = client.challenge(refusal, secure=True)
+    [challenge] = parse_challenges([value])
+    assert challenge.parameters == {
+        "realm": "https://auth.docker.io/token", "service": "registry.docker.io", "scope": f"repository:{NAME}:pull"
+    }  # fmt: skip
+    for authorization in (ALICE, local_token(harness, "public")):  # they have a limit, which a challenge would hide
+        assert harness.client(authorization).request_login(excinfo.value, NAME) is excinfo.value
+    assert harness.client(registry=OTHER).request_login(excinfo.value, NAME) is excinfo.value  # it has no logins
 
 
 FOREIGN = 'realm="https://auth.other.example/token?tenant=blue"'
