@@ -283,6 +283,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     )
     registries = RegistryTable(settings)
 
+    shared.silent_servers.set_is_listed(registries.is_listed)
+
     def check_for(host: Host) -> AddressCheck | None:
         return None if registries.intercepted.covering(host) is None else CoveredHostCheck(policy, host)
 
@@ -461,6 +463,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             *pools.passwords.bounds,
             *pools.documents.bounds,
             fair_threads(reactor).running,
+            shared.silent_servers.places,
             *pull_through.blobs.downloads.bounds,
             *disk_bounds,
         ],

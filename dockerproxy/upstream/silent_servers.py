@@ -10,6 +10,10 @@ nothing about its server.
 
 A server that refuses connections at once makes nobody wait, so each request tries it again. All processes know of it
 all the same, so that the first one in which it answers can say so (`RegistryStates`).
+
+The listed registries are few. Others are hosts that a client makes up below a wildcard, or that a registry names in a
+redirect: the place for these is bounded, with a share for the client of the request, and apart from that of the listed
+ones. Without a place, a silence ends by itself, so that one request waits again.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.concurrency import current_client
 from dockerproxy.errors import (
     DestinationForbidden,
     RegistryError,
@@ -31,6 +36,7 @@ from dockerproxy.errors import (
     UpstreamUnreachable,
 )
 from dockerproxy.oci.names import Registry
+from dockerproxy.shares import ClientShares
 
 SILENCE_TTL = 30.0
 """Seconds for which a silence counts after the last news of it."""
@@ -45,7 +51,8 @@ PROBE_TTL = 600.0
 """Seconds after the last request for a server for which we go on asking whether it answers."""
 
 _SLOW = 1.0  # seconds; a server that refuses at once makes nobody wait, and may be back at any moment
-_MAX_SERVERS = 256
+_MAX_SERVERS = 256  # that nobody listed
+_CLIENT_SHARE = 64  # of those that are asked in the background
 
 log = Logger()
 T = TypeVar("T")
@@ -65,6 +72,7 @@ class _Server:
     """The last news of a server. Times are `clock.seconds()`."""
 
     origin: str
+    is_listed: bool
     connected_at: float = -inf
     answered_at: float = -inf
     asked_at: float = -inf
@@ -74,6 +82,7 @@ class _Server:
     failure: str = ""  # why it cannot be reached, silent or not; "" if it answers
     probe: Deferred[None] | None = None
     next_probe: Any = None  # the delayed call of the next one
+    asker: str = ""  # the client because of which it is asked in the background
     waiting: set[Deferred[Any]] = field(factory=set)  # requests that end if another one has found out the silence
     ended: set[Deferred[Any]] = field(factory=set)  # those of them that were ended so
 
@@ -87,8 +96,11 @@ class SilentServers:
     def __init__(self, clock: Any, probe_limit: float) -> None:
         self._clock = clock
         self._probe_limit = probe_limit
-        self._servers: BoundedDict[str, _Server] = BoundedDict(_MAX_SERVERS)
+        self._listed: dict[str, _Server] = {}
+        self._others: BoundedDict[str, _Server] = BoundedDict(_MAX_SERVERS)
         self._active: set[_Server] = set()  # those with a probe, or a next one
+        self.places = ClientShares("silent servers that nobody listed", limit=_MAX_SERVERS, share=_CLIENT_SHARE)
+        self._is_listed: Callable[[Registry], bool] = lambda server: True
         self._closed = False
         self._subscribers: list[OnChanged] = []
         self._on_silent: Callable[[str], object] = lambda origin: None
@@ -97,6 +109,10 @@ class SilentServers:
     def subscribe(self, on_changed: OnChanged) -> None:
         """Call `on_changed` with what this process finds out from now on."""
         self._subscribers.append(on_changed)
+
+    def set_is_listed(self, is_listed: Callable[[Registry], bool]) -> None:
+        """Call `is_listed` to learn whether a server is a registry that the administrator has listed."""
+        self._is_listed = is_listed
 
     def set_on_silent(self, on_silent: Callable[[str], object]) -> None:
         """Call `on_silent` with the origin of each server that becomes silent, because its connections are dead."""
@@ -120,7 +136,8 @@ class SilentServers:
 
     def news(self) -> list[tuple[str, str, float]]:
         """Return the arguments of `add` from which a new process knows what this one does."""
-        now, servers = self._clock.seconds(), [self._servers.get(origin) for origin in list(self._servers)]
+        now = self._clock.seconds()
+        servers = [*self._listed.values(), *(self._others.get(origin) for origin in list(self._others))]
         return [
             (server.origin, server.failure, 0.0 if server.error is None else max(0.0, server.silent_until - now))
             for server in servers
@@ -155,11 +172,12 @@ class SilentServers:
         """Return the response to a request without a body that `send` sends. Raise its error."""
         server = self._server(origin.origin)
         started = server.asked_at = self._clock.seconds()
-        suspicion = self._clock.callLater(SUSPECT_AFTER, self._suspect, server, started, probe)
+        client = current_client.get()  # which a delayed call does not have
+        suspicion = self._clock.callLater(SUSPECT_AFTER, self._suspect, server, started, probe, client)
         try:
             response = await self._race(server, send)
         except UpstreamTimeout:
-            self._suspect(server, started, probe)  # if that has not happened yet
+            self._suspect(server, started, probe, client)  # if that has not happened yet
             raise
         finally:
             if suspicion.active():
@@ -180,9 +198,14 @@ class SilentServers:
     # what is known
 
     def _server(self, origin: str) -> _Server:
-        server = self._servers.get(origin)
+        server = self._listed.get(origin) or self._others.get(origin)
         if server is None:
-            server = self._servers[origin] = _Server(origin)
+            is_listed = self._is_listed(Registry.parse(origin))
+            server = _Server(origin, is_listed)
+            if is_listed:
+                self._listed[origin] = server
+            else:
+                self._others[origin] = server
         return server
 
     def _check(self, server: _Server) -> None:
@@ -265,20 +288,37 @@ class SilentServers:
 
     # probes
 
-    def _suspect(self, server: _Server, started: float, probe: Probe) -> None:
+    def _suspect(self, server: _Server, started: float, probe: Probe, client: str) -> None:
         """Ask a server that has not answered since a request was sent, unless it has answered another one."""
         is_idle = server.error is None and server.probe is None and server.next_probe is None
-        if server.answered_at <= started and is_idle and self._can_probe(server):
+        if server.answered_at <= started and is_idle and self._activate(server, client):
             self._start_probe(server, probe)
 
-    def _can_probe(self, server: _Server) -> bool:
-        """Return whether the server may be asked in the background. Beyond a bound, a silence ends by itself."""
-        return not self._closed and (server in self._active or len(self._active) < _MAX_SERVERS)
+    def _activate(self, server: _Server, client: str) -> bool:
+        """Return whether the server may be asked in the background. Beyond a bound, a silence ends by itself.
+
+        `client` is the one because of which it would be asked.
+        """
+        if self._closed:
+            return False
+        if server not in self._active:
+            if not server.is_listed:
+                if not self.places.has_room(client):
+                    return False
+                self.places.add(client)
+                server.asker = client
+            self._active.add(server)
+        return True
+
+    def _deactivate(self, server: _Server) -> None:
+        if server in self._active:
+            self._active.remove(server)
+            if not server.is_listed:
+                self.places.release(server.asker)
 
     def _schedule_probe(self, server: _Server, probe: Probe) -> None:
-        if not self._can_probe(server):
+        if not self._activate(server, current_client.get()):
             return
-        self._active.add(server)
         server.next_probe = self._clock.callLater(PROBE_INTERVAL, self._start_probe, server, probe)
 
     def _start_probe(self, server: _Server, probe: Probe) -> None:
@@ -289,7 +329,6 @@ class SilentServers:
         if server.error is not None:
             server.silent_until = self._clock.seconds() + self._probe_limit + SILENCE_TTL
             self._publish(server, server.error.message, self._probe_limit + SILENCE_TTL)
-        self._active.add(server)
         work = Deferred.fromCoroutine(self._probe(server, probe))
         if not work.called:
             server.probe = work
@@ -317,10 +356,10 @@ class SilentServers:
             self._answer(server)
         finally:
             if server.probe is None and server.next_probe is None:
-                self._active.discard(server)
+                self._deactivate(server)
 
     def _stop_probing(self, server: _Server) -> None:
-        self._active.discard(server)
+        self._deactivate(server)
         call, server.next_probe = server.next_probe, None
         if call is not None and call.active():
             call.cancel()

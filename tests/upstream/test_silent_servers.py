@@ -11,6 +11,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from dockerproxy.concurrency import current_client
 from dockerproxy.errors import Denied, RegistryError, UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.silent_servers import (
@@ -353,15 +354,47 @@ def test_nothing_begins_after_the_end(network: Network) -> None:
 
 def test_any_number_of_servers(network: Network) -> None:
     """The table is bounded, and a server that leaves it leaves no work behind for ever."""
+    network.processes[0].set_is_listed(lambda server: False)
     for number in range(270):
-        network.connect(Registry.parse(f"host{number}.example"))
+        connect_as(f"192.0.2.{number % 5}", network, Registry.parse(f"host{number}.example"))
     network.clock.advance(TIMEOUT)
     network.fail(network.connects)
-    assert len(network.processes[0]._servers) == len(network.processes[0]._active) == 256
+    assert len(network.processes[0]._others) == len(network.processes[0]._active) == 256
     for _ in range(200):
         network.clock.advance(PROBE_INTERVAL)
         network.fail(network.probes)
     assert network.clock.calls == [] and not network.processes[0]._active
+
+
+@pytest.mark.parametrize("silence", ["connect", "exchange"])
+def test_servers_that_one_client_makes_up(network: Network, silence: str) -> None:
+    """Below a wildcard there are any number. They leave the registries, and what other clients ask for, alone."""
+    [process] = network.processes
+    process.set_is_listed(lambda server: server == QUAY)
+    network.connect(QUAY)
+    network.clock.advance(TIMEOUT)
+    network.fail(network.connects)
+    for number in range(300):
+        connect_as("192.0.2.1", network, Registry.parse(f"made-up{number}.example"), silence)
+    network.clock.advance(TIMEOUT)
+    network.fail(network.connects)
+    network.fail(network.heads)
+    assert process.places.used == process.places.held_by("192.0.2.1") == process.places.share
+    assert isinstance(network.connect(QUAY)[0], UpstreamTimeout)  # at once: it is still known
+    connect_as("192.0.2.2", network, GHCR)
+    network.clock.advance(TIMEOUT)
+    network.fail(network.connects)
+    assert process.places.held_by("192.0.2.2") == 1
+    assert isinstance(network.connect(GHCR)[0], UpstreamTimeout)
+    process.close()
+    assert process.places.used == 0 and network.clock.calls == []
+
+
+def connect_as(client: str, network: Network, origin: Registry, kind: str = "connect") -> None:
+    """Begin to connect, or to wait for a response, because of a request of `client`."""
+    token = current_client.set(client)
+    network.connect(origin) if kind == "connect" else network.exchange(origin)
+    current_client.reset(token)
 
 
 STEPS = ["connect", "exchange", "time out", "refuse", "answer", "wait", "other process", "close"]
