@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from attrs import frozen
+from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.best_effort import try_put
@@ -45,7 +46,10 @@ _OLD_CHALLENGE = 7 * 86400.0
 _ANSWER_TTL = 5.0
 _SILENCE_TTL = 30.0
 _FOREIGN_TTL = 60.0  # seconds for which it is remembered whether a realm is foreign
+_WARNING_INTERVAL = 3600.0
 _MAX_REGISTRIES = 256
+
+log = Logger()
 
 OnChallenge = Callable[[Registry, Registry | None, list[Challenge]], None]
 """Gets a registry, the server that it redirects `/v2/` to, or None, and the challenges of that one."""
@@ -130,6 +134,7 @@ class Challenges:
         # Whether the realm answered, and when that is forgotten.
         self._checks: BoundedDict[Registry, tuple[bool, float]] = BoundedDict(_MAX_KNOWN)
         self._running_checks: SingleFlight[Registry, bool] = SingleFlight()
+        self._warned: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_WARNING_INTERVAL, clock=clock)
         self._foreign: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_FOREIGN_TTL, clock=clock)
 
     async def get(self, registry: Registry) -> list[Challenge]:
@@ -236,6 +241,21 @@ class Challenges:
             is_foreign = realm is not None and not self.has_endpoint(registry, realm)
             self._foreign[registry] = is_foreign
         return is_foreign
+
+    def warn_of_unknown_logins(self, registry: Registry) -> None:
+        """Log once in an hour that clients with logins get nothing of `registry`, which cannot be asked, if it is because
+        they log in at a host that is not intercepted."""
+        realm = self.realm(registry)
+        if realm is None or realm.server.host in self._intercepted or registry in self._warned:
+            return
+        self._warned[registry] = True
+        log.warn(
+            "{registry} cannot be asked, and a client with a login got nothing of it: logins are not known here, because "
+            "the token server {server} is not in REGISTRIES. If you add it there, private images that are cached can be "
+            "pulled during the next outage",
+            registry=str(registry),
+            server=realm.server.host.authority,
+        )
 
     def has_endpoint(self, registry: Registry, realm: Realm) -> bool:
         """Return whether requests to the URL `realm`, which `registry` names, are requests to its token server.

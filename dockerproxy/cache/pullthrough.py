@@ -126,7 +126,12 @@ class PullThrough:
         if not served:
             return await self.token_endpoint.forward(registry, realm, request)
         serves_all = any(self.logins.login_for(one) is not None for one in served)
-        return await self.token_endpoint.token(registry, realm, request, serves_all=serves_all)
+        try:
+            return await self.token_endpoint.token(registry, realm, request, serves_all=serves_all)
+        except RegistryError as error:
+            if is_outage(error) and not request.has_no_credential():
+                self.challenges.warn_of_unknown_logins(registry)
+            raise
 
     def registry_naming(self, host: Registry, path: str) -> Registry | None:
         """Return a registry that names `path` of `host` as its realm, if it may be a page of another owner."""
@@ -518,6 +523,8 @@ class CachedRegistry:
         it is the challenge that the registry has for a request without a token: with a login there may be more pulls.
         """
         if self.authorization is not None or self.local_token is not None:
+            if self.authorization is not None and is_outage(error) and error.status != 429:
+                self.cache.challenges.warn_of_unknown_logins(self.registry)
             return error
         if not is_outage(error) or isinstance(error, IntermediaryRefused):
             return error  # a login helps only if it lets the client read what is cached

@@ -29,7 +29,7 @@ class RegistryFacts:
 
     `error` says why there is no answer, without the name of the server. `offset` is our clock less that of its Date
     field, in seconds; None if that says nothing. `issuer` is the name of the CA of its certificate. `problem` is a
-    clause about an answer that is not a registry's.
+    clause about an answer that is not a registry's. `token_server` is that which clients reach without us, if any.
     """
 
     name: str
@@ -38,6 +38,7 @@ class RegistryFacts:
     issuer: str = ""
     problem: str = ""
     offset: float | None = None
+    token_server: str = ""
 
 
 @frozen
@@ -139,6 +140,22 @@ def check_logins(logins: Iterable[LoginFacts]) -> Iterator[Diagnosis]:
             yield Diagnosis("login", login.registry, WARN, f"{subject} could not be tried: {login.unknown}")
         else:
             yield Diagnosis("login", login.registry, OK, f"{subject} is accepted")
+
+
+def check_token_servers(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]:
+    """Return the registries whose token servers clients reach without us.
+
+    That is fine for public images, so it is no warning.
+    """
+    for facts in registries:
+        if facts.token_server:
+            registry, server = facts.name, facts.token_server
+            sentence = f"the token server of {registry} is {server}, which is not in REGISTRIES"
+            advice = (
+                f"If clients pull private images of {registry} with their own logins, add {server} to REGISTRIES: these"
+                f" logins are unknown here otherwise, and get nothing while {registry} is down."
+            )
+            yield Diagnosis("tokens", registry, OK, sentence, advice)
 
 
 def check_clock(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]:

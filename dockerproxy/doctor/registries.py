@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred, DeferredSemaphore, TimeoutError, gatherResults
 
 from dockerproxy.doctor.checks import LoginFacts, RegistryFacts
@@ -14,7 +14,7 @@ from dockerproxy.errors import RegistryError
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.credentials import Login
-from dockerproxy.oci.names import Registry
+from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, Examination
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
@@ -50,7 +50,8 @@ class Logins(Protocol):
 class RegistryExaminer:
     """Asks registries by `agent`. `refused_logins` returns those that are known to be refused, which are not tried.
 
-    `address_check` checks the addresses of token servers on other hosts. `now` returns POSIX time.
+    `address_check` checks the addresses of token servers on other hosts. `now` returns POSIX time. `is_intercepted`
+    returns whether clients reach a host through us.
     """
 
     _reactor: Any
@@ -60,6 +61,7 @@ class RegistryExaminer:
     _refused_logins: Callable[[], Iterable[Mapping[str, Any]]]
     _address_check: AddressCheck | None
     _now: Callable[[], float]
+    _is_intercepted: Callable[[Host], bool] = lambda host: True
 
     async def examine(self, registries: Iterable[Registry]) -> tuple[list[RegistryFacts], list[LoginFacts]]:
         """Return facts about `registries`, about their token servers, and about the logins for them.
@@ -86,10 +88,13 @@ class RegistryExaminer:
         if response is None:
             return facts, None
         challenges = parse_challenges(response.headers.all("www-authenticate"))
+        realm = realm_of(challenges)
+        if realm is not None and not self._is_intercepted(realm.host):
+            facts = evolve(facts, token_server=realm.host.authority)
         # Both at once, because a token server that says nothing keeps both waiting.
-        realm = Deferred.fromCoroutine(self._examine_realm(realm_of(challenges), run))
+        work = Deferred.fromCoroutine(self._examine_realm(realm, run))
         login = await self._examine_login(registry, challenges, self._time_left(run))
-        await realm
+        await work
         return facts, login
 
     async def _examine_realm(self, realm: Registry | None, run: _Run) -> None:

@@ -15,6 +15,7 @@ from dockerproxy.doctor.doctor import DoctorSettings, DoctorSources
 from dockerproxy.doctor.findings import OK, WARN, Diagnosis
 from dockerproxy.doctor.registries import RegistryExaminer
 from dockerproxy.errors import RegistryError
+from dockerproxy.oci.host_table import Wildcard
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.write_probe import StoreState
 from dockerproxy.upstream.registry_states import name_of
@@ -146,6 +147,8 @@ async def _maintenance(sources: DoctorSources) -> list[Diagnosis]:
 
 
 async def _registries(sources: DoctorSources, settings: DoctorSettings) -> list[Diagnosis]:
+    intercepted = {registry.host for registry in settings.settings.intercepted}
+    wildcards = {wildcard.hosts for wildcard in settings.settings.registry_wildcards}
     examiner = RegistryExaminer(
         sources.reactor,
         sources.agent,
@@ -154,11 +157,13 @@ async def _registries(sources: DoctorSources, settings: DoctorSettings) -> list[
         sources.refused_logins,
         sources.address_check,
         sources.now,
+        lambda host: host in intercepted or Wildcard.above(host) in wildcards,
     )
     registries, logins = await examiner.examine(settings.settings.registries)
     return [
         *checks.check_registries(registries),
         *checks.check_logins(logins),
+        *checks.check_token_servers(registries),
         *checks.check_clock(registries),
     ]
 

@@ -660,6 +660,25 @@ def test_realm_that_a_ping_names(make_harness: Callable[..., CacheHarness], stat
     assert value == f"Bearer {FOREIGN}" if state == "up" else value == f'Bearer realm="{local_realm}"'
 
 
+def test_an_outage_says_which_token_server_to_add(harness: CacheHarness, log_lines: list[str]) -> None:
+    """Logins there are not known here, so that private content that is cached is refused. Once in an hour is enough."""
+    outage = UpstreamUnreachable("gone")
+    harness.client(ALICE).request_login(outage, NAME)  # the token server of Docker Hub is intercepted
+    learn_challenge(harness, OTHER, FOREIGN)
+    harness.client(registry=OTHER).request_login(outage, NAME)  # it has no login yet
+    harness.client(ALICE, registry=OTHER).request_login(UpstreamRefused(404, b"", []), NAME)
+    assert not [line for line in log_lines if "REGISTRIES" in line]
+    for _ in range(3):
+        assert harness.client(ALICE, registry=OTHER).request_login(outage, NAME) is outage
+    assert len([line for line in log_lines if f"{OTHER} cannot" in line and "auth.other.example:443" in line]) == 1
+    harness.reactor.advance(3600)
+    for method in ("GET", "POST"):
+        harness.upstream.on(method, "^/token", raise_error(outage))
+    with pytest.raises(UpstreamUnreachable):
+        harness.run(harness.pull_through.token(OTHER, "service=x", LOGIN_OF_ALICE, None))
+    assert len([line for line in log_lines if "REGISTRIES" in line]) == 2
+
+
 def test_realm_that_an_outage_names(harness: CacheHarness) -> None:
     """The realm cannot be asked about a login during an outage, and this proxy may know it. See upstream's own else."""
     learn_challenge(harness, OTHER, FOREIGN)

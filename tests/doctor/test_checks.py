@@ -98,6 +98,13 @@ def test_registries() -> None:
     assert findings[1].sentence == "ghcr.io answers in 0.21 s; its certificate is by Sectigo"
 
 
+def test_token_servers_that_are_not_intercepted() -> None:
+    facts = [RegistryFacts("ghcr.io"), RegistryFacts("registry.gitlab.com", token_server="gitlab.com:443")]
+    [finding] = checks.check_token_servers(facts)
+    assert finding.level == OK  # public images need nothing
+    assert "gitlab.com:443" in finding.sentence and "REGISTRIES" in finding.advice
+
+
 @pytest.mark.parametrize(
     ("offsets", "expected"),
     [
