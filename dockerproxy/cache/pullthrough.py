@@ -29,6 +29,7 @@ from dockerproxy.cache.upstream import (
     UpstreamResponse,
     error_from_response,
     is_denial,
+    is_gone,
 )
 from dockerproxy.errors import (
     IntermediaryRefused,
@@ -516,23 +517,24 @@ class CachedRegistry:
         )
 
     def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
-        """Return the 401 for a client without a login if `error` is an outage of a registry with logins, else `error`.
+        """Return a 401 for a client without a login if `error` may be another one for a client with a login, else `error`.
 
-        containerd and oras do not begin with `/v2/`. They fetch a token, which reads what is cached of `name`, only if
-        the request for the content itself gets a challenge. If the registry limits the rate of clients without a login,
-        it is the challenge that the registry has for a request without a token: with a login there may be more pulls.
+        Directly, a registry with logins answers a request without a token by its challenge, and nothing else. We have
+        asked it with a token for clients without a login, or with a login of ours. containerd and oras do not begin
+        with `/v2/`: they log in only if the request for the content of `name` itself gets a challenge.
         """
         if self.authorization is not None or self.local_token is not None:
             if self.authorization is not None and is_outage(error) and error.status != 429:
                 self.cache.challenges.warn_of_unknown_logins(self.registry)
             return error
-        if not is_outage(error) or isinstance(error, IntermediaryRefused):
-            return error  # a login helps only if it lets the client read what is cached
-        is_limited = error.status == 429
-        if is_limited and not isinstance(error, UpstreamFailing):
-            return error  # by the token server, or by a bound of ours
         challenges = self.cache.challenges.cached(self.registry)
-        if self._allows_anonymous(challenges):
+        is_outage_now = is_outage(error) and error.status != 429 and not isinstance(error, IntermediaryRefused)
+        if is_outage_now and not self._allows_anonymous(challenges):
+            # A login lets the client read what is cached.
+            sentence, error_class = f"only cached content of {name} can be served", LocalTokenRequired
+        elif challenges and _may_differ_with_login(error):
+            sentence, error_class = "clients without a login are refused", Unauthorized
+        else:
             return error
         scope = f"repository:{name}:pull"
         fields = [
@@ -540,10 +542,7 @@ class CachedRegistry:
             for challenge in challenges
         ]
         headers = [("WWW-Authenticate", challenge.render()) for challenge in fields]
-        if is_limited:
-            return Unauthorized(f"authentication required, because of a rate limit: {error.message}", headers=headers)
-        message = f"authentication required, because only cached content of {name} can be served: {error.message}"
-        return LocalTokenRequired(message, headers=headers)
+        return error_class(f"authentication required, because {sentence}: {error.message}", headers=headers)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:
         """Return the WWW-Authenticate fields for a 401: those of `error`, or the stored ones of the registry."""
@@ -552,6 +551,18 @@ class CachedRegistry:
             fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]
         local = isinstance(error, LocalTokenRequired)
         return self.cache.challenges.render_for(self.registry, fields, secure=secure, local=local)
+
+
+def _may_differ_with_login(error: RegistryError) -> bool:
+    """Return whether a registry that has answered `error` to a client without a login may let one with a login pull.
+
+    It may have a rate limit for each login, and may hide private repositories. It does not hide one in which it has no
+    such content.
+    """
+    if isinstance(error, UpstreamFailing):
+        return error.status == 429
+    is_own = isinstance(error, UpstreamRefused) and not isinstance(error, IntermediaryRefused)
+    return is_own and error.status in (403, 404) and not is_gone(error)
 
 
 def _is_denial_of(credential: Credential, error: RegistryError) -> bool:

@@ -14,6 +14,7 @@ from dockerproxy.cache.challenges import TOKEN_PATH
 from dockerproxy.cache.identity import TOKEN_LIFETIME
 from dockerproxy.errors import (
     BadRequest,
+    IntermediaryRefused,
     NameUnknown,
     RegistryError,
     TooManyRequests,
@@ -600,7 +601,7 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     for authorization in (ALICE, local_token(harness, "public")):  # no second challenge, which would be no cause
         assert harness.client(authorization).request_login(error, NAME) is error
     assert harness.client(registry=OTHER).request_login(error, NAME) is error  # its challenge is not known
-    for other_error in (TooManyRequests("of tokens"), UpstreamRefused(404, b"", [])):
+    for other_error in (TooManyRequests("of tokens"), IntermediaryRefused(403, b"", []), refusal_of("MANIFEST_UNKNOWN")):
         assert harness.client().request_login(other_error, NAME) is other_error
     harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
     with pytest.raises(Unauthorized):
@@ -609,6 +610,32 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     assert refusal.headers == (("WWW-Authenticate", 'Basic realm="x"'),)
     with_login = make_harness(login=LOGIN)
     assert with_login.client(registry=OTHER).request_login(error, NAME) is error  # the configured login serves it
+
+
+def refusal_of(code: str, status: int = 404) -> UpstreamRefused:
+    return UpstreamRefused(status, json.dumps({"errors": [{"code": code}]}).encode(), [])
+
+
+HIDDEN = {
+    "403": refusal_of("DENIED", 403),
+    "403 without a body": UpstreamRefused(403, b"", []),
+    "404 of the repository": refusal_of("NAME_UNKNOWN"),
+    "404 without a code": UpstreamRefused(404, b"not found", []),
+}
+
+
+@pytest.mark.parametrize("error", HIDDEN.values(), ids=HIDDEN)
+def test_a_registry_that_hides_a_repository_is_asked_again_with_a_login(
+    harness: CacheHarness, make_harness: Callable[..., CacheHarness], error: UpstreamRefused
+) -> None:
+    """Directly, its challenge comes first, and the client of a private image logs in. We have asked with a token."""
+    [challenge] = parse_challenges([value for _, value in harness.client().request_login(error, NAME).headers])
+    assert challenge.parameters["scope"] == f"repository:{NAME}:pull"
+    for authorization in (ALICE, local_token(harness, "public")):
+        assert harness.client(authorization).request_login(error, NAME) is error
+    assert harness.client(registry=OTHER).request_login(error, NAME) is error  # it has no logins
+    with_login = make_harness(login=LOGIN)  # which may not pull it, and the client's own may
+    assert isinstance(with_login.client().request_login(error, NAME), Unauthorized)
 
 
 @get_and_head

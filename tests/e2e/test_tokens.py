@@ -108,6 +108,23 @@ def test_token_is_good_whoever_fetches_and_uses_it(
         assert client.pull(REGISTRY, "private", f"blobs/{digests['private']}").status == 401
 
 
+@pytest.mark.parametrize("hides_by", [403, 404])
+def test_a_private_image_that_the_registry_hides(network: TokenNetwork, start: StartDaemon, hides_by: int) -> None:
+    """containerd begins with the manifest, and logs in only if that gets a challenge, as it does directly."""
+    realm, registry = network.add_realm(REALM), network.add_registry(REGISTRY)
+    realm.guard(registry, f"https://{REALM}/token", "a", hides_by)
+    realm.private.add("private")
+    registry.put("private", "1", build_small_image("hidden"))
+    path = "/v2/private/manifests/1"
+    daemon = start()
+    for by_proxy in (False, True, True):  # directly, cold, warm
+        client = client_of(network, daemon, fetch=by_proxy, use=by_proxy)
+        for login, expected in ((ALICE, 200), (None, hides_by)):
+            token = client.token(REGISTRY, "private", login, path)
+            headers = {"Authorization": f"Bearer {token}", "Accept": ACCEPT_MANIFESTS}
+            assert client.get(f"https://{REGISTRY}{path}", headers, by_proxy=by_proxy).status == expected
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_realm_is_intercepted_only_if_it_is_listed(network: TokenNetwork, start: StartDaemon, listed: bool) -> None:
     """Also in an outage, and after a restart: a registry could name any host as its token server."""

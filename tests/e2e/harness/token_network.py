@@ -70,14 +70,19 @@ class TokenRealm(StubServer):
         document = {"token": token, "expires_in": self.lifetime}
         exchange.respond(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
 
-    def guard(self, registry: FakeRegistry, url: str, service: str) -> None:
-        """Make `registry` serve only clients with a token of this realm, which it names `url`."""
+    def guard(self, registry: FakeRegistry, url: str, service: str, hides_by: int = 401) -> None:
+        """Make `registry` serve only clients with a token of this realm, which it names `url`.
+
+        `hides_by` is the status for a token that is good, but not for the repository.
+        """
 
         def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
             name = "/".join(exchange.path.split("/")[2:-2])
             token = (exchange.request.headers.get("authorization") or "").removeprefix("Bearer ")
             if token in self.readable and (not name or name in self.readable[token]):
                 return respond_normally(exchange, content)
+            if token in self.readable and hides_by != 401:
+                return respond_error(exchange, hides_by, "DENIED" if hides_by == 403 else "NAME_UNKNOWN")
             scope = f',scope="repository:{name}:pull"' if name else ""
             challenge = f'Bearer realm="{url}",service="{service}"{scope}'
             return respond_error(exchange, 401, "UNAUTHORIZED", WWW_Authenticate=challenge)
