@@ -105,7 +105,7 @@ class Intercepted:
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         if is_preflight(request):
             return respond_preflight(request)
-        if target.kind in (Kind.MANIFEST, Kind.BLOB) and request.method in SAFE_METHODS:
+        if target.kind in (Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS) and request.method in SAFE_METHODS:
             request.error_renderer = partial(_respond_pull_error, upstream, target)
         elif target.kind is Kind.BASE and _is_containers_image(request):
             request.error_renderer = partial(_respond_ping_error, upstream)

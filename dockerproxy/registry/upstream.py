@@ -23,7 +23,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.tunnel import Tunnels
 from dockerproxy.http.upgrade import requested_protocols
 from dockerproxy.oci.names import Host, Registry, Repository
-from dockerproxy.oci.routes import LIST_KINDS, Target, is_api_path
+from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_api_path
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields, x_cache_fields
 
@@ -131,12 +131,17 @@ async def _forward_list(
     """Respond with upstream's list of tags or repositories. Raise `UpstreamRefused` for a 401.
 
     Our own login may have been shown for it, so fields pass by allow lists in both directions. `namespace` is the
-    client's name for the registry, if it is a mirror's.
+    client's name for the registry, if it is a mirror's. Raise `Unauthorized` if a client without a login may get the
+    tags with one.
     """
     request.cache_status = "PASS"
     headers = Headers.from_lowercase([field for field in request.headers if field[0] in _LIST_REQUEST_FIELDS])
     response = await upstream.forward(request.method, target, _path_and_query(request), headers)
     await _refuse_401(response)
+    is_without_login = namespace is None and "authorization" not in request.headers
+    if response.status in (403, 404) and target.kind is Kind.TAGS and is_without_login:
+        refusal = UpstreamRefused(response.status, await _read_error_body(response), tuple(response.headers))
+        raise upstream.request_login(refusal, target.name)
     fields = upstream_fields(response.headers)
     fields += _next_page(request.path, namespace, response.headers.all("link"))
     await forward_response(request, response, [*fields, *cache_status_fields(request.cache_status)])

@@ -15,6 +15,7 @@ from dockerproxy.errors import (
     RegistryError,
     Unauthorized,
     UpstreamBroken,
+    UpstreamRefused,
     UpstreamUnreachable,
 )
 from dockerproxy.http.headers import Headers
@@ -318,8 +319,8 @@ class FakeUpstreamRegistry(FakePullBackend):
         self.body_chunks.append(data)
 
     def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
-        """Return a 401 for `name` in place of an unreachable upstream, if `has_login` is set."""
-        if self.has_login and isinstance(error, UpstreamUnreachable):
+        """Return a 401 for `name` in place of an unreachable or refusing upstream, if `has_login` is set."""
+        if self.has_login and isinstance(error, UpstreamUnreachable | UpstreamRefused):
             return Unauthorized("log in", headers=[("WWW-Authenticate", f'Bearer scope="{name}"')])
         return error
 

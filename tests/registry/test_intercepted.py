@@ -552,6 +552,25 @@ def test_any_upstream_status_is_forwarded(
         assert response.headers.get("Location") == location
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_client_without_a_login_is_asked_for_one_that_may_list(
+    connect_intercepted: Any, connect_mirror: Any, upstream: Any, fake_response: Any, status: int
+) -> None:
+    """The registry may hide a private repository. `oras repo tags` begins with the list, and logs in after a 401."""
+    upstream.has_login, upstream.referrers_result = True, UpstreamRefused(status, b"no", ())
+    for target, connect, fields, expected in [
+        ("/v2/a/b/tags/list", connect_intercepted, [], 401),
+        (f"/v2/a/b/referrers/{DIGEST}", connect_intercepted, [], 401),
+        ("/v2/a/b/tags/list", connect_intercepted, [("Authorization", "Bearer client")], status),
+        ("/v2/_catalog", connect_intercepted, [], status),
+        ("/v2/a/b/tags/list", connect_mirror, [], status),
+    ]:
+        upstream.response = fake_response(status, [], b"no")
+        response = connect().fetch("GET", target, fields)
+        assert response.status == expected, target
+        assert bool(response.fields("WWW-Authenticate")) == (expected == 401)
+
+
 def test_forwarded_401_names_our_realm(connect_intercepted: Any, upstream: Any, fake_response: Any) -> None:
     fields = [("www-authenticate", 'Bearer realm="https://theirs"'), ("oci-own", "1"), ("set-cookie", "a=b")]
     for target in ("/v2/a/b/tags/list", "/v2/a/b/blobs/uploads/session"):
