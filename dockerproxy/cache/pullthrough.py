@@ -284,7 +284,7 @@ class CachedRegistry:
             try:
                 return await attempt(Anonymous())
             except RegistryError as error:
-                if is_denial(error, PUBLIC):
+                if is_denial(error, PUBLIC) or _hides_repository(error):
                     self.cache.private_repositories[key] = True
         return await self._try(self.credential, attempt)
 
@@ -556,11 +556,13 @@ class CachedRegistry:
 def _may_differ_with_login(error: RegistryError) -> bool:
     """Return whether a registry that has answered `error` to a client without a login may let one with a login pull.
 
-    It may have a rate limit for each login, and may hide private repositories. It does not hide one in which it has no
-    such content.
+    It may have a rate limit for each login, and may hide private repositories.
     """
-    if isinstance(error, UpstreamFailing):
-        return error.status == 429
+    return _hides_repository(error) or (isinstance(error, UpstreamFailing) and error.status == 429)
+
+
+def _hides_repository(error: RegistryError) -> bool:
+    """Return whether a registry may hide a repository by `error`. It does not if it says what it lacks in there."""
     is_own = isinstance(error, UpstreamRefused) and not isinstance(error, IntermediaryRefused)
     return is_own and error.status in (403, 404) and not is_gone(error)
 

@@ -256,7 +256,7 @@ def test_tokens_of_a_realm_elsewhere_are_not_needed_for_public_content(harness: 
 
 @every_target
 @get_and_head
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_tokens_of_a_realm_elsewhere_read_private_content(
     harness: CacheHarness, target: tuple[str, str], head: bool, status: int
 ) -> None:
