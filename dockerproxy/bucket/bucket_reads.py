@@ -17,7 +17,7 @@ from dockerproxy.bucket.s3 import S3Bucket
 from dockerproxy.cache.downloads import Downloads
 from dockerproxy.cache.open_readers import OpenReaders
 from dockerproxy.cache.space import CacheSpace
-from dockerproxy.cache.upstream import UpstreamPrincipal, UpstreamRepository, UpstreamResponse
+from dockerproxy.cache.upstream import DirectResponse, UpstreamPrincipal, UpstreamRepository, UpstreamResponse
 from dockerproxy.concurrency import current_client, in_thread
 from dockerproxy.errors import BlobUnknown, RegistryError, ServiceOverloaded, StoreUnavailable, UpstreamFailing
 from dockerproxy.http.headers import Headers
@@ -67,7 +67,7 @@ class BucketClient:
             raise BlobUnknown(f"{self._bucket.location} has no content {digest}")
         return response
 
-    async def send(self, *arguments: Any, **options: Any) -> UpstreamResponse:
+    async def send(self, *arguments: Any, **options: Any) -> DirectResponse:
         """Raise RuntimeError, because no request of a client is passed on to a bucket."""
         raise RuntimeError("a bucket is no registry")
 

@@ -243,16 +243,18 @@ class Challenges:
         return is_foreign
 
     def warn_of_unknown_logins(self, registry: Registry) -> None:
-        """Log once in an hour that clients with logins get nothing of `registry`, which cannot be asked, if it is because
-        they log in at a host that is not intercepted."""
+        """Log, once in an hour, which host has to be intercepted so that logins for `registry` are known in outages.
+
+        If it is intercepted, there is nothing to log.
+        """
         realm = self.realm(registry)
         if realm is None or realm.server.host in self._intercepted or registry in self._warned:
             return
         self._warned[registry] = True
         log.warn(
-            "{registry} cannot be asked, and a client with a login got nothing of it: logins are not known here, because "
-            "the token server {server} is not in REGISTRIES. If you add it there, private images that are cached can be "
-            "pulled during the next outage",
+            "{registry} cannot be asked, and a client with a login got nothing of it: logins are unknown here, because "
+            "the token server {server} is not in REGISTRIES. If you add it there, private images that are cached can "
+            "be pulled during the next outage",
             registry=str(registry),
             server=realm.server.host.authority,
         )

@@ -517,7 +517,7 @@ class CachedRegistry:
         )
 
     def request_login(self, error: RegistryError, name: Repository) -> RegistryError:
-        """Return a 401 for a client without a login if `error` may be another one for a client with a login, else `error`.
+        """Return a 401 for a client without a login if `error` may be another one with a login, else `error`.
 
         Directly, a registry with logins answers a request without a token by its challenge, and nothing else. We have
         asked it with a token for clients without a login, or with a login of ours. containerd and oras do not begin
@@ -529,11 +529,12 @@ class CachedRegistry:
             return error
         challenges = self.cache.challenges.cached(self.registry)
         is_outage_now = is_outage(error) and error.status != 429 and not isinstance(error, IntermediaryRefused)
-        if is_outage_now and not self._allows_anonymous(challenges):
-            # A login lets the client read what is cached.
-            sentence, error_class = f"only cached content of {name} can be served", LocalTokenRequired
-        elif challenges and _may_differ_with_login(error):
-            sentence, error_class = "clients without a login are refused", Unauthorized
+        if self._allows_anonymous(challenges):
+            return error
+        if is_outage_now:  # a login lets the client read what is cached
+            sentence = f"only cached content of {name} can be served"
+        elif _may_differ_with_login(error):
+            sentence = "clients without a login are refused"
         else:
             return error
         scope = f"repository:{name}:pull"
@@ -542,6 +543,7 @@ class CachedRegistry:
             for challenge in challenges
         ]
         headers = [("WWW-Authenticate", challenge.render()) for challenge in fields]
+        error_class = LocalTokenRequired if is_outage_now else Unauthorized
         return error_class(f"authentication required, because {sentence}: {error.message}", headers=headers)
 
     def challenge(self, error: RegistryError, *, secure: bool) -> list[tuple[str, str]]:

@@ -109,7 +109,9 @@ class Intercepted:
             request.error_renderer = partial(_respond_pull_error, upstream, target)
         elif target.kind is Kind.BASE and _is_containers_image(request):
             request.error_renderer = partial(_respond_ping_error, upstream)
-        pull = self._api.handle_pull(request, target, upstream) or handle_list(request, target, upstream)
+        pull = self._api.handle_pull(request, target, upstream) or handle_list(
+            request, target, upstream, asks_for_login=True
+        )
         if pull is not None:
             return pull
         if request.method not in SAFE_METHODS:

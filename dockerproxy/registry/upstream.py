@@ -117,28 +117,36 @@ def check_push(request: Request, allow_push: bool) -> None:
 
 
 def handle_list(
-    request: Request, target: Target, upstream: UpstreamRegistry, namespace: Namespace | None = None
+    request: Request,
+    target: Target,
+    upstream: UpstreamRegistry,
+    namespace: Namespace | None = None,
+    *,
+    asks_for_login: bool = False,
 ) -> Awaitable[None] | None:
-    """Return the awaitable that responds with a list of tags or repositories. Return None for anything else."""
+    """Return the awaitable that responds with a list of tags or repositories. Return None for anything else.
+
+    `namespace` is the client's name for the registry, if it is a mirror's. `asks_for_login` says that clients may have
+    logins for the registry.
+    """
     if target.kind not in LIST_KINDS or request.method not in SAFE_METHODS:
         return None
-    return _forward_list(request, upstream, target, namespace)
+    return _forward_list(request, upstream, target, namespace, asks_for_login)
 
 
 async def _forward_list(
-    request: Request, upstream: UpstreamRegistry, target: Target, namespace: Namespace | None
+    request: Request, upstream: UpstreamRegistry, target: Target, namespace: Namespace | None, asks_for_login: bool
 ) -> None:
     """Respond with upstream's list of tags or repositories. Raise `UpstreamRefused` for a 401.
 
-    Our own login may have been shown for it, so fields pass by allow lists in both directions. `namespace` is the
-    client's name for the registry, if it is a mirror's. Raise `Unauthorized` if a client without a login may get the
-    tags with one.
+    Our own login may have been shown for it, so fields pass by allow lists in both directions. Raise `Unauthorized` if
+    a client without a login may get the tags with one.
     """
     request.cache_status = "PASS"
     headers = Headers.from_lowercase([field for field in request.headers if field[0] in _LIST_REQUEST_FIELDS])
     response = await upstream.forward(request.method, target, _path_and_query(request), headers)
     await _refuse_401(response)
-    is_without_login = namespace is None and "authorization" not in request.headers
+    is_without_login = asks_for_login and "authorization" not in request.headers
     if response.status in (403, 404) and target.kind is Kind.TAGS and is_without_login:
         refusal = UpstreamRefused(response.status, await _read_error_body(response), tuple(response.headers))
         raise upstream.request_login(refusal, target.name)

@@ -104,9 +104,9 @@ class Agent:
         connection that the request came on, if there is one: a connection that it logged in is used for it alone.
         `client` is the address of the client that chose the server, if a client did: such a server is no registry, and
         not remembered if it is silent. With `reuse`, a request with a body or an effect may go over an idle connection,
-        too, and the caller sends it again after `ConnectionDropped`. Of the fields for single connections only Upgrade
-        is sent, and the response to it may have the status 101. Raise the dialer's errors, `UpstreamUnreachable` (TLS),
-        `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
+        too, and the caller sends it again after `ConnectionDropped`. If `headers` have Upgrade, the response may have
+        the status 101; no other field for a single connection is sent. Raise the dialer's errors, `UpstreamUnreachable`
+        (TLS), `UpstreamTimeout`, `UpstreamBroken` and the errors of `body`.
         """
         origin, target = split_url(url)
         if address_check is None:

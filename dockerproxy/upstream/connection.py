@@ -277,7 +277,7 @@ class UpstreamConnection(Protocol):
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpNoDelay(True)
             self.transport.setTcpKeepAlive(True)
-            self._limit_unacknowledged(_UNACKNOWLEDGED_HEAD)
+        self._limit_unacknowledged(_UNACKNOWLEDGED_HEAD)
         self._limit_reads(True)
         if self._handshake is None:
             self.ready.callback(None)
@@ -325,7 +325,8 @@ class UpstreamConnection(Protocol):
         """
         transport, milliseconds = self.transport, min(int(seconds * 1000), 2**31 - 1)
         if isinstance(transport, SocketTransport) or ITCPTransport.providedBy(transport):
-            transport.getHandle().setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            handle: socket.socket = transport.getHandle()  # type: ignore[union-attr]
+            handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Any:
         """Schedule `callback` on the connection's clock and return the delayed call."""
@@ -427,7 +428,7 @@ class UpstreamConnection(Protocol):
         waiter.callback(response)
 
     def _switch_protocols(self, head: ResponseHead, waiter: Deferred[Response]) -> None:
-        """Stop to read HTTP. What follows the head is kept until the connection is handed over or aborted."""
+        """Stop to read HTTP. The bytes after the head are kept until the connection is handed over or aborted."""
         if not switches_as_requested(self._protocols, head.headers):
             raise ValueError("it switched protocols without a request to do so (status 101)")
         if self._body_writer is not None:  # RFC 9110, section 7.8: only after it has received the whole request

@@ -601,7 +601,8 @@ def test_outage_asks_only_clients_that_a_login_may_help(
     for authorization in (ALICE, local_token(harness, "public")):  # no second challenge, which would be no cause
         assert harness.client(authorization).request_login(error, NAME) is error
     assert harness.client(registry=OTHER).request_login(error, NAME) is error  # its challenge is not known
-    for other_error in (TooManyRequests("of tokens"), IntermediaryRefused(403, b"", []), refusal_of("MANIFEST_UNKNOWN")):
+    others = TooManyRequests("of tokens"), IntermediaryRefused(403, b"", []), refusal_of("MANIFEST_UNKNOWN")
+    for other_error in others:
         assert harness.client().request_login(other_error, NAME) is other_error
     harness.upstream.on("GET", "^/v2/$", lambda request, data: error_response(401, www_authenticate='Basic realm="x"'))
     with pytest.raises(Unauthorized):

@@ -39,9 +39,7 @@ class WebSocketHost(FakeRegistry):
         elif protocol == "websocket" and not exchange.path.startswith("/refused"):
             digest = hashlib.sha1((headers["sec-websocket-key"] + ACCEPT_KEY).encode()).digest()
             accept = base64.b64encode(digest).decode()
-            exchange.send_head(
-                101, {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Accept": accept}
-            )
+            exchange.send_head(101, {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Accept": accept})
             self._echo(exchange)
         else:
             super().handle(exchange)
@@ -159,7 +157,7 @@ def test_a_refusal_is_the_servers_own(daemon: TwistdDaemon) -> None:
 
 
 def test_the_api_never_becomes_a_tunnel(daemon: TwistdDaemon, code_host: WebSocketHost) -> None:
-    """Whoever speaks another protocol there would be at the registry unseen, beside its rules for pushes."""
+    """A client that speaks another protocol there would be at the registry unseen, beside its rules for pushes."""
     for path in ("/v2/", "/v2/team/app/blobs/uploads/", "/v2/x", "/V2/x", "/x/../v2/y"):
         with pytest.raises(websocket.WebSocketBadStatusException):
             connect(daemon, path)

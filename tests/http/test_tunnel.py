@@ -12,8 +12,8 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from dockerproxy.net.dial import SingleProtocolFactory
 from dockerproxy.http.tunnel import Tunnel, TunnelTimeouts
+from dockerproxy.net.dial import SingleProtocolFactory
 
 
 class FakeTransport:

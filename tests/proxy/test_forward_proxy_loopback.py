@@ -25,6 +25,7 @@ from twisted.trial.unittest import TestCase
 from dockerproxy.daemon.transfers import Transfers
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
+from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from dockerproxy.net.addresses import AddressSet, Destinations
 from dockerproxy.net.dial import Dialer
 from dockerproxy.net.own_addresses import is_own_address
@@ -33,7 +34,6 @@ from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.forward_proxy import ForwardProxy, Interception
 from dockerproxy.proxy.login import ProxyLogin
 from dockerproxy.proxy.policy import Policy
-from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
 from tests.support.resolvers import StaticResolver
 from tests.support.tls_tunnel import open_tls
 

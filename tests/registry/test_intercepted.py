@@ -102,7 +102,9 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
     return make
 
 
-def make_tunnels(clock: Clock, finished: list[Request] | None = None, allowed: list[str | None] | None = None) -> Tunnels:
+def make_tunnels(
+    clock: Clock, finished: list[Request] | None = None, allowed: list[str | None] | None = None
+) -> Tunnels:
     """Return tunnels that add the requests of those that have ended to `finished`, for `allowed` users or all."""
     requests = [] if finished is None else finished
     return Tunnels(
@@ -364,7 +366,7 @@ class FakeSocket:
 
 
 class SwitchedResponse:
-    """A response with the status 101, whose connection has brought `rest` after the head."""
+    """A response with the status 101. Its connection has brought `rest` after the head."""
 
     status, length = 101, None
 

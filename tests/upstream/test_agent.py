@@ -379,7 +379,7 @@ class PlainHTTPTests(AgentLoopbackCase):
             response = await agent.request("GET", f"{origin}/ws", fields)
             self.assertEqual(response.status, 101)
             lines = served.heads[0].split(b"\r\n")
-            self.assertEqual([line for line in lines if line.startswith((b"X-", b"Con", b"Upg"))], SENT_UPGRADE)
+            self.assertEqual([line for line in lines if line.startswith((b"x-", b"Con", b"Upg"))], SENT_UPGRADE)
             protocol = AccumulatingProtocol()
             response.hand_over(protocol)
             self.assertEqual((agent.open_connections, agent.idle_connections), (0, 0))
