@@ -105,7 +105,7 @@ def connect_mirror(connect_client: Any, upstream: Any) -> Any:
 def make_tunnels(
     clock: Clock, finished: list[Request] | None = None, allowed: list[str | None] | None = None
 ) -> Tunnels:
-    """Return tunnels that add the requests of those that have ended to `finished`, for `allowed` users or all."""
+    """Return tunnels that add requests which have ended to `finished`. Without `allowed`, all users may go on."""
     requests = [] if finished is None else finished
     return Tunnels(
         clock,
