@@ -16,14 +16,10 @@ from twisted.application.internet import TimerService
 from twisted.internet.defer import Deferred, TimeoutError
 
 from dockerproxy import __version__
-from dockerproxy.admin.api import API, API_PREFIX, api_shares
+from dockerproxy.admin.api import API_PREFIX
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
-from dockerproxy.admin.layer_places import LayerPlaces
-from dockerproxy.admin.live import LiveFeed
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.page_desk import PageDeskClient
-from dockerproxy.admin.resolver import CACHED, StoreView
-from dockerproxy.admin.viewer import Viewer
 from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CacheParts, CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
@@ -37,7 +33,6 @@ from dockerproxy.daemon.accesslog import AccessLog
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import DOWNLOADS, TUNNELS, Metrics
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.doctor.findings import public_report
 from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
@@ -53,8 +48,7 @@ from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import kind_of
-from dockerproxy.page.sign_in import SignIn
-from dockerproxy.page.site import BrowserPage, Place
+from dockerproxy.page.door import Place
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates
@@ -75,7 +69,6 @@ from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
-from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.pull_gatherer import PullGatherer, Row
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
@@ -101,6 +94,7 @@ from dockerproxy.upstream.metered_client import MeteredClient
 from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
 from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext
+from dockerproxy.viewing import Viewing, build_viewing
 
 if TYPE_CHECKING:
     from dockerproxy.fleet.composition import Fleet
@@ -137,8 +131,8 @@ class SharedServices:
     refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
     not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
     questions of the page and the API. `page_desk` has the page's sessions and does the actions of administrators.
-    `doctor_report` asks the doctor. `bindings` maps issued tokens to the clients they were issued to. `multi_process`
-    is true if the daemon has several processes.
+    `doctor_report` asks the doctor. `upstream_tls` is for connections to registries. `bindings` maps issued tokens to
+    the clients they were issued to. `multi_process` is true if the daemon has several processes.
     """
 
     state: StateDirectory
@@ -156,6 +150,7 @@ class SharedServices:
     overview: Overview
     page_desk: PageDeskClient
     doctor_report: DoctorReport
+    upstream_tls: ClientContext
     locks: KeyedLock = field(factory=LocalKeyedLock)
     bindings: Bindings = field(factory=Bindings)
     multi_process: bool = False
@@ -208,9 +203,8 @@ class ProxyServer:
     probes: Sequence[StoreProbe]
     policy: Policy
     metrics: Metrics
-    live: LiveFeed
+    viewing: Viewing
     fleet: Fleet | None
-    sign_in: SignIn
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
@@ -220,7 +214,7 @@ class ProxyServer:
         access_control = build_access_control(settings, users, self.state)
         proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
         self.hosted_app.access_control = access_control
-        configure_sign_in(self.sign_in, settings, users, access_control)
+        self.viewing.configure(settings, users, access_control)
         set_hosted_rules(self.hosted_app.rules, settings)
         self.browser_protection.host_rule = build_host_rule(settings)
         self.browser_protection.cross_origin.set_cors_origins(settings.cors_origins)
@@ -292,7 +286,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         wildcard = registries.intercepted.covering(host)
         return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
 
-    connectors = build_connectors(reactor, settings, pools, check_for, shared.silent_servers, shared.state.cache_secret)
+    connectors = build_connectors(reactor, settings, pools, check_for, shared)
     meter = RegistryMeter(shared.metrics)
     authorizer = Authorizer(
         MeteredAgent(connectors.agent, meter), time.time, policy.check_upstream, settings.auth_registries
@@ -360,32 +354,18 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         registries.mirrored,
         hosted_store.has_repository,
     )
-    records = shared.state.open_records()
-    places = LayerPlaces(reactor, StoreView(CACHED, shared.state.cache), records, reactor.seconds)
-    live = LiveFeed(
-        reactor, shared.board, shared.board_part, shared.metrics, records, places, shared.cache_space.usage, time.time
+    viewing = build_viewing(
+        reactor,
+        settings,
+        shared,
+        audit,
+        Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
+        lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
     )
-    api_requests = api_shares()
-    sign_in = SignIn(shared.page_desk, partial(note_sign_in, audit))
-    configure_sign_in(sign_in, settings, users, access_control)
-    api_handler = API(shared.overview, live, sign_in.viewer_of, api_requests)
-    page_requests = ClientShares("requests for the page", limit=256, share=128)
+    viewing.configure(settings, users, access_control)
 
     def router(*, on_proxy_port: bool) -> Router:
-        page = BrowserPage(
-            reactor,
-            time.time,
-            sign_in,
-            shared.overview,
-            partial(report_health, shared.doctor_report, shared.metrics),
-            shared.page_desk.act,
-            shared.page_desk.read_history,
-            Place(settings.registry_hostname[0], proxy_port(settings), tls_port(settings), authority.fingerprint),
-            lambda: list(dict.fromkeys(map(registry_label, registries.mirrored.values()))),
-            page_requests,
-            on_proxy_port=on_proxy_port,
-            collects_garbage=settings.registry_store is None,
-        )
+        page = viewing.door(on_proxy_port=on_proxy_port)
         endpoints = builtin_endpoints(
             authority.certificate_pem,
             metrics_handler,
@@ -395,7 +375,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             hosted=settings.registry_hostname[0],
             on_proxy_port=on_proxy_port,
         )
-        pages = {**endpoints, **page.pages(endpoints["/"]), API_PREFIX: api_handler.handle}
+        pages = {**endpoints, **page.pages(endpoints["/"]), API_PREFIX: viewing.api.handle}
         handler = registries_for(mirror_by_default=on_proxy_port).handle
         return Router(handler, pages, browser_protection, respond_error, page.forms)
 
@@ -456,9 +436,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             budgets.responses.shares,
             api.long_responses,
             metrics_requests,
-            live.viewers,
-            api_requests,
-            page_requests,
+            *viewing.bounds,
             *pools.lookups.bounds,
             *pools.passwords.bounds,
             *pools.documents.bounds,
@@ -472,34 +450,10 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         probes,
         policy,
         shared.metrics,
-        live,
+        viewing,
         fleet,
-        sign_in,
         reactor,
     )
-
-
-def configure_sign_in(
-    sign_in: SignIn, settings: Settings, users: HtpasswdFile | None, access_control: AccessControl
-) -> None:
-    """Apply PAGE, ADMIN_USERS, HTPASSWD_FILE and ANONYMOUS_PULL."""
-    sign_in.page, sign_in.administrators, sign_in.users = settings.page, settings.admin_users, users
-    sign_in.anonymous_reads_hosted = not access_control.reading_needs_login
-
-
-def note_sign_in(audit: AuditLog, request: Request, action: str, user: str | None, accepted: bool) -> None:
-    """Record that somebody has signed in to the page or out of it, or was refused."""
-    principal = Principal.of(request, user)
-    if accepted:
-        audit.record(principal, action, "the page", "accepted")
-    else:
-        audit.record_refusal(principal, action, "the page")
-
-
-async def report_health(doctor_report: DoctorReport, metrics: Metrics, quick: bool, viewer: Viewer) -> dict[str, Any]:
-    """Return the health report that `viewer` may read."""
-    report = await doctor_report(quick)
-    return report if viewer.is_admin else public_report(report, metrics.registries)
 
 
 def open_registry_disk(reactor: Any, state: StateDirectory, tree: HostedTree) -> tuple[DiskAccess, Sequence[Bound]]:
@@ -571,13 +525,10 @@ def build_connectors(
     settings: Settings,
     pools: ThreadPools,
     check_for: Callable[[Host], AddressCheck | None],
-    silent_servers: SilentServers,
-    secret: bytes,
+    shared: SharedServices,
 ) -> Connectors:
-    """Build the connectors. Raise `SettingsError` if UPSTREAM_CA_FILE cannot be used.
-
-    `check_for` returns the check of a registry's addresses. All processes of the daemon have the `secret`.
-    """
+    """Build the connectors. `check_for` returns the check of a registry's addresses."""
+    secret = shared.state.cache_secret  # which all processes have
     circles = None if settings.upstream_proxy is None else ParentCircles.of(secret, reactor.seconds)
     resolver = NameResolver(pools.lookups, reactor.seconds, ipv6=not settings.disable_ipv6)
 
@@ -592,13 +543,22 @@ def build_connectors(
             connect_timeout=connect_timeout,
         )
 
-    timeouts = upstream_timeouts(settings)
+    timeouts, silent_servers = upstream_timeouts(settings), shared.silent_servers
+    agent = Agent(
+        reactor, dialer(settings.proxy_connect_timeout), shared.upstream_tls, timeouts, check_for, silent_servers
+    )
+    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver, circles)
+
+
+def open_upstream_tls(settings: Settings) -> ClientContext:
+    """Load the CAs that registries may have: those of the system, 3 MB in memory, and UPSTREAM_CA_FILE.
+
+    Raise `SettingsError` if that cannot be used.
+    """
     try:
-        tls = ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
+        return ClientContext(verify=settings.verify_ssl, ca_file=str(settings.upstream_ca_file or "") or None)
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for, silent_servers)
-    return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver, circles)
 
 
 def upstream_timeouts(settings: Settings) -> UpstreamTimeouts:

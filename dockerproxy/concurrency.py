@@ -1,4 +1,4 @@
-"""Helpers for coroutines: start, run in a thread, shield from cancellation, lock by key, deduplicate calls."""
+"""Helpers for coroutines: start, run in a thread, shield from cancellation, lock by key, share calls, load late."""
 
 from __future__ import annotations
 
@@ -186,3 +186,25 @@ class SingleFlight(Generic[K, T]):
             if self._calls.get(key) is shared:
                 del self._calls[key]
             shared.call.cancel()
+
+
+@define(eq=False)
+class FirstUse(Generic[T]):
+    """A part of the daemon that its first use loads, because every process would keep it in memory, and most need it
+    never.
+
+    `load` imports the modules of the part, which takes up to a tenth of a second, and builds it. It runs in a thread,
+    so it may not use the reactor. If it fails, the next use calls it again.
+    """
+
+    _reactor: Any
+    _load: Callable[[], T]
+    loaded: T | None = None
+    """The part, or None before its first use."""
+    _loading: SingleFlight[None, T] = field(factory=SingleFlight, init=False)
+
+    async def get(self) -> T:
+        """Return the part. Raise what `load` raises."""
+        if self.loaded is None:
+            self.loaded = await self._loading.do(None, partial(in_thread, self._reactor, self._load))
+        return self.loaded

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attrs import asdict, evolve, frozen
 from twisted.application.internet import TimerService
@@ -28,38 +28,39 @@ from dockerproxy.admin.control import (
 )
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.diagnosis import handle_doctor
-from dockerproxy.admin.history import HistoryHandlers
-from dockerproxy.admin.image_actions import ImageActions
 from dockerproxy.admin.operations import OperationHistory, Operations
-from dockerproxy.admin.overview import LocalOverview, OverviewSources
-from dockerproxy.admin.page_desk import PageDesk
-from dockerproxy.admin.pulls import PullService
-from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
+from dockerproxy.admin.overview import OverviewSources
+from dockerproxy.admin.pull_desk import PullDesk
+from dockerproxy.admin.resolver import ImageResolver
 from dockerproxy.admin.sessions import Sessions
 from dockerproxy.admin.sign_in_links import SignInLinks
-from dockerproxy.admin.summary import Summaries
-from dockerproxy.admin.viewer import Viewer
-from dockerproxy.admin.why import Explainer
+from dockerproxy.answers import (
+    build_history_handlers,
+    build_overview,
+    build_page_desk,
+    describe_outages,
+    find_notices,
+    load_explainer,
+    store_views,
+)
 from dockerproxy.app import (
     ProxyServer,
     SharedServices,
-    build_freshness,
     build_server,
     build_silent_servers,
     build_site,
     log_access,
     open_certificates,
+    open_upstream_tls,
     proxy_port,
 )
-from dockerproxy.cache.access import Access
 from dockerproxy.cache.ended_logins import EndedLogins
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.image_budget import PullBudget
-from dockerproxy.cache.image_pull import ImagePuller
 from dockerproxy.cache.janitor import Janitor
 from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
-from dockerproxy.cache.rate_limits import RateLimits, stored_limits
+from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
 from dockerproxy.concurrency import in_thread, spawn
 from dockerproxy.config_report import ConfigReport
@@ -67,13 +68,12 @@ from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
 from dockerproxy.daemon.history import History, HistoryService
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE, EndpointOpener, ListenerService, PortOpener
-from dockerproxy.daemon.memory_tuning import freeze_startup_objects, tune_malloc
+from dockerproxy.daemon.memory_tuning import forget_generated_source, freeze_startup_objects, tune_malloc
 from dockerproxy.daemon.metrics import RELOAD_SUCCESS, WORKERS, Metrics
 from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.doctor.doctor import DOCTOR_THREADS, Doctor, DoctorSettings, DoctorSources
-from dockerproxy.doctor.findings import OK, public_report
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
@@ -84,7 +84,6 @@ from dockerproxy.registry.principal import Principal
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables, settings_in_force
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
-from dockerproxy.store.daily_pulls import DailyPulls
 from dockerproxy.store.directory_owner import DirectoryInUse, DirectoryOwner, OwnerService
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.journal import BackgroundJournal
@@ -104,6 +103,10 @@ from dockerproxy.workers.dispatch import ConnectionDispatcher
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import SERVER_SILENT, TOKEN_BOUND, ForkedState, run_worker
 from dockerproxy.workers.supervisor import WorkerSupervisor
+
+if TYPE_CHECKING:
+    from dockerproxy.admin.image_actions import ImageActions
+    from dockerproxy.admin.pulls import PullService
 
 _WORKER_EXTRA_GRACE = 2.0  # seconds that workers have to exit after their own shutdown grace period
 
@@ -131,6 +134,7 @@ def makeService(options: Options) -> IService:
     # Timers go on if the wall clock is set back. Dates, which are stored and sent, are those of time.time.
     reactor.seconds = time.monotonic  # type: ignore[method-assign]
     tune_malloc()  # before there are threads
+    forget_generated_source()
     # All that the daemon writes is its own user's. twistd applies the --umask of an administrator later.
     os.umask(0o077)
     notifier = Notifier(os.environ.get("NOTIFY_SOCKET", ""))
@@ -150,7 +154,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     settings = configuration.settings
     state = StateDirectory.open(settings.cache_dir, settings.registry_dir)  # first, because another daemon may run
     has_ca = settings.ca_crt_file is not None or (settings.ca_dir / "ca.crt").exists()
-    certificates = open_certificates(settings)
+    certificates, upstream_tls = open_certificates(settings), open_upstream_tls(settings)
     authority = certificates.authority
     if settings.fleet:  # so that what one member has signed is good at all
         cache_secret, registry_secret = authority.derive_secret("cache"), authority.derive_secret("registry")
@@ -177,7 +181,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     recorder = BackgroundJournal(reactor, pull_history)
     reactor.addSystemEventTrigger("after", "shutdown", recorder.flush)
     shared_state.record_pull = recorder.append
-    forked_state = ForkedState.create(reactor, configuration, state, certificates, metrics, tombstones)
+    forked_state = ForkedState.create(reactor, configuration, state, certificates, upstream_tls, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
     server = build_server(reactor, settings, certificates, shared)
@@ -186,9 +190,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
-    overview = build_overview(reactor, settings, state, server, shared, history, pull_history.counts)
-    overview.sources.idle_age = tombstones.get_last_idle
-    overview.sources.problems = partial(describe_outages, registry_states)
+    sources = OverviewSources(idle_age=tombstones.get_last_idle, problems=partial(describe_outages, registry_states))
+    overview = build_overview(reactor, settings, state, server, shared, history, pull_history, sources)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     if server.fleet is not None:
         server.fleet.prefer_owned(cache_space.index, time.time)
@@ -196,7 +199,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
-    overview.sources.budget, overview.sources.is_pinned = pulls.budget, pulls.is_pinned
+    sources.budget, sources.is_pinned = pulls.budget, pulls.is_pinned
     operation_history = OperationHistory(state.open_records())
     doctor = Doctor(
         build_doctor_sources(
@@ -213,7 +216,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         doctor_settings(configuration, configuration, state.warnings),
     )
     shared_state.doctor_report = doctor.report_for_page
-    overview.sources.notices = partial(find_notices, doctor, server.metrics)
+    sources.notices = partial(find_notices, doctor, server.metrics)
     apply = partial(
         apply_configuration,
         server,
@@ -226,7 +229,6 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     server.metrics.set(RELOAD_SUCCESS, 1)
     report_reload = partial(server.metrics.set, RELOAD_SUCCESS)
-    explainer = build_explainer(settings, state, server, tombstones, pull_history)
     reloader = Reloader(read, apply, configuration, server.registries, notifier, server.audit, report_reload)
     configuration_handlers = ConfigurationHandlers(
         lambda: report_configuration(reloader), partial(reload_for_command, reloader)
@@ -234,8 +236,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
-    stores = store_views(settings, state)
-    resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
+    resolver = ImageResolver(store_views(settings, state), frozenset(settings.registry_hostname))
     deleter = Deleter(
         reactor,
         server.registry_disk,
@@ -246,13 +247,18 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         pulls.is_pinned,
     )
     sessions = Sessions(reactor.seconds)
-    actions = ImageActions(
-        reactor, resolver, deleter, operations, server.registry_disk, hosted_root(settings, state), pulls
-    )
     sign_in_links = SignInLinks(
-        sessions, lambda: server.sign_in.is_off, proxy_port(settings), settings.registry_hostname[0]
+        sessions, lambda: server.viewing.sign_in.is_off, proxy_port(settings), settings.registry_hostname[0]
     )
-    shared_state.page_desk = PageDesk(reactor, sessions, actions, explainer).answer
+
+    def load_actions() -> ImageActions:
+        from dockerproxy.admin.image_actions import ImageActions
+
+        root = hosted_root(settings, state)
+        return ImageActions(reactor, resolver, deleter, operations, server.registry_disk, root, pulls.pulls)
+
+    explainer = partial(load_explainer, settings, state, server, tombstones, pull_history)
+    shared_state.page_desk = build_page_desk(reactor, sessions, load_actions, explainer)
     report = partial(debug_report, server, shared_state, workers)
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     on_lost = partial(stop_for_another_machine, reactor, notifier)
@@ -287,14 +293,14 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             partial(server.pools.lookups.run, local_user_name),
             {
                 **configuration_handlers.handlers(),
-                **ControlAPI(shared.overview, server.live).handlers,
+                **ControlAPI(shared.overview, server.viewing.live).handlers,
                 **pulls.handlers,
                 ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
-                **HistoryHandlers(reactor, pull_history, explainer, time.time).handlers,
+                **build_history_handlers(reactor, pull_history, explainer),
                 **sign_in_links.handlers,
             },
             pull_history.counts.pulls,
-            overview.sources,
+            sources,
             None if settings.registry_store is None else server.probes[-1],
         ),
         DebugSignalService(reactor, report),
@@ -433,7 +439,7 @@ async def apply_configuration(
     server: ProxyServer,
     supervisor: WorkerSupervisor,
     shared_state: SharedState,
-    pulls: PullService,
+    pulls: PullDesk,
     doctor: Doctor,
     settings_of_doctor: Callable[[Configuration], DoctorSettings],
     initial: Settings,
@@ -610,64 +616,6 @@ def build_cache_space(
     )
 
 
-def build_overview(
-    reactor: Any,
-    settings: Settings,
-    state: StateDirectory,
-    server: ProxyServer,
-    shared: SharedServices,
-    history: History,
-    pull_counts: DailyPulls,
-) -> LocalOverview:
-    """Build the answers to the page, the API and the command."""
-    stores = store_views(settings, state)
-    records = state.open_records()
-    summaries = Summaries(reactor, stores, server.registry_disk, records)
-    summaries.load_pulls = pull_counts.pulls
-    return LocalOverview(
-        reactor,
-        server.metrics,
-        shared.board,
-        history,
-        summaries,
-        stores,
-        records,
-        server.registry_disk,
-        shared.cache_space.usage,
-        time.time,
-        version=__version__,
-        workers=settings.workers,
-    )
-
-
-async def find_notices(doctor: Doctor, metrics: Metrics, viewer: Viewer) -> list[dict[str, Any]]:
-    """Return what is wrong, as far as the viewer may know it, for the overview."""
-    report = await doctor.report(True)
-    findings = report["findings"] if viewer.is_admin else public_report(report, metrics.registries)["findings"]
-    return [
-        {
-            "level": finding["level"],
-            "registry": finding["subject"] if finding["check"] == "registry" else None,
-            "text": finding["sentence"],
-            "advice": finding["advice"],
-        }
-        for finding in findings
-        if finding["level"] != OK
-    ]
-
-
-def describe_outages(states: RegistryStates) -> dict[str, str]:
-    """Return a sentence for each registry that does not answer."""
-    return {
-        outage["registry"]: "no answer since {since} UTC: {reason}; {stale} answers were stale".format(
-            since=time.strftime("%Y-%m-%d %H:%M", time.gmtime(outage["since"])),
-            reason=outage["reason"],
-            stale=outage["stale"],
-        )
-        for outage in states.report_list()
-    }
-
-
 def sample_workers(metrics: Metrics, supervisor: WorkerSupervisor) -> None:
     """Write into the metrics how many processes serve."""
     metrics.set(WORKERS, 1 + supervisor.serving)
@@ -676,43 +624,13 @@ def sample_workers(metrics: Metrics, supervisor: WorkerSupervisor) -> None:
 class PinGauges(TimerService):
     """Writes the number and size of pins into the metrics, each minute."""
 
-    def __init__(self, reactor: Any, metrics: Metrics, pulls: PullService) -> None:
+    def __init__(self, reactor: Any, metrics: Metrics, pulls: PullDesk) -> None:
         async def sample() -> None:
             complete, incomplete, size = await in_thread(reactor, pulls.count_pins)
             metrics.set_pins(complete, incomplete, size)
 
         super().__init__(_PIN_INTERVAL, lambda: spawn(sample(), "counting the pins"))  # type: ignore[no-untyped-call]
         self.clock = reactor
-
-
-def build_explainer(
-    settings: Settings,
-    state: StateDirectory,
-    server: ProxyServer,
-    tombstones: Tombstones,
-    pull_history: PullHistory,
-) -> Explainer:
-    """Build the answers to `dockerproxy why`."""
-    records = state.open_records()
-    stores = store_views(settings, state)
-    return Explainer(
-        ImageResolver(stores, frozenset(settings.registry_hostname)),
-        StoreView(CACHED, state.cache),
-        server.registries.mirrored,
-        records,
-        Access(records, time.time),
-        RateLimits(records, time.time),
-        build_freshness(settings),
-        tombstones,
-        pull_history,
-        time.time,
-    )
-
-
-def store_views(settings: Settings, state: StateDirectory) -> list[StoreView]:
-    """Return the stores that are on this machine: with REGISTRY_STORE, that is the cache alone."""
-    cached = StoreView(CACHED, state.cache)
-    return [cached] if settings.registry_store is not None else [StoreView(HOSTED, state.registry), cached]
 
 
 def hosted_root(settings: Settings, state: StateDirectory) -> str | None:
@@ -722,13 +640,18 @@ def hosted_root(settings: Settings, state: StateDirectory) -> str | None:
 
 def build_pulls(
     reactor: Any, settings: Settings, state: StateDirectory, server: ProxyServer, pins: Pins, counts: PullCounts
-) -> PullService:
+) -> PullDesk:
     """Build the service that pulls and pins images for the administrator."""
     budget = PullBudget(reactor, server.pull_through.manifests.rate_limits, counts, time.time, settings.rate_reserve)
-    puller = ImagePuller(reactor, server.pull_through, state.cache, server.registries.mirrored, budget)
-    return PullService(
-        reactor, puller, budget, pins, state.cache, state.open_records(), server.audit, time.time, settings.pin_file
-    )
+
+    def load(desk: PullDesk) -> PullService:
+        from dockerproxy.admin.pulls import PullService
+        from dockerproxy.cache.image_pull import ImagePuller
+
+        puller = ImagePuller(reactor, server.pull_through, state.cache, server.registries.mirrored, budget)
+        return PullService(reactor, puller, pins, state.cache, server.audit, time.time, lambda: desk.pin_file)
+
+    return PullDesk(reactor, load, budget, pins, state.cache, state.open_records(), time.time, settings.pin_file)
 
 
 def build_control_socket(

@@ -9,7 +9,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from dockerproxy.concurrency import LocalKeyedLock, SingleFlight, gather, in_thread, shield, spawn
+from dockerproxy.concurrency import FirstUse, LocalKeyedLock, SingleFlight, gather, in_thread, shield, spawn
 
 
 class SpawnTests(SynchronousTestCase):
@@ -70,6 +70,50 @@ class InThreadTests(TestCase):
             await caller
         go.set()
         self.assertTrue(await in_thread(reactor, finished.wait, 20))
+
+
+class FirstUseTests(TestCase):
+    async def test_the_first_use_loads_once_in_a_thread(self) -> None:
+        threads: list[threading.Thread] = []
+        part: FirstUse[list[threading.Thread]]
+
+        def load() -> list[threading.Thread]:
+            threads.append(threading.current_thread())
+            return threads
+
+        part = FirstUse(reactor, load)
+        self.assertIsNone(part.loaded)
+        self.assertEqual(threads, [])
+        first, second = Deferred.fromCoroutine(part.get()), Deferred.fromCoroutine(part.get())
+        self.assertIs(await first, threads)
+        self.assertIs(await second, threads)
+        self.assertIs(await part.get(), threads)
+        self.assertIs(part.loaded, threads)
+        [thread] = threads
+        self.assertIsNot(thread, threading.current_thread())
+
+    async def test_a_user_that_leaves_does_not_stop_the_others(self) -> None:
+        go = threading.Event()
+        part = FirstUse(reactor, lambda: go.wait(20))
+        leaving, staying = Deferred.fromCoroutine(part.get()), Deferred.fromCoroutine(part.get())
+        leaving.cancel()
+        go.set()
+        with self.assertRaises(CancelledError):
+            await leaving
+        self.assertTrue(await staying)
+
+    async def test_the_next_use_loads_again_after_a_failure(self) -> None:
+        failures = [ImportError("the package is being upgraded")]
+
+        def load() -> str:
+            if failures:
+                raise failures.pop()
+            return "loaded"
+
+        part = FirstUse(reactor, load)
+        with self.assertRaisesRegex(ImportError, "upgraded"):
+            await part.get()
+        self.assertEqual(await part.get(), "loaded")
 
 
 class SingleFlightTests(SynchronousTestCase):

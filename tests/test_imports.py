@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.startup_modules import UNWANTED, is_within
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dockerproxy"
 
@@ -54,7 +56,13 @@ ALLOWED = {
     "commands": {"config_check", "control_client", "durations", "terminal"},
     "cli": {"__init__", "commands", "control_client", "durations", "terminal"},  # it loads the command that runs
 }
-COMPOSITION_ROOTS = {"tap", "app", "workers.process"}  # they build the daemon and may import every part
+COMPOSITION_ROOTS = {
+    "tap",
+    "app",
+    "viewing",
+    "answers",
+    "workers.process",
+}  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
 ALLOWED_EVERYWHERE = {
     "concurrency",
@@ -63,22 +71,6 @@ ALLOWED_EVERYWHERE = {
     "shares",
     "thread_pool",
 }  # helpers that depend on no part but `errors`
-
-# No request needs these modules. Each one costs megabytes, together with the modules that it imports.
-UNWANTED = {
-    "dockerproxy.fleet",  # only with FLEET
-    "botocore",
-    "dockerproxy.bucket",
-    "importlib.resources",
-    "multiprocessing",
-    "sqlite3",
-    "twisted.trial",
-    "twisted.web.client",
-    "twisted.web.http",
-    "twisted.web.server",
-    "unittest",
-    "xml",
-}
 
 # These modules, and those that say so of themselves, do no I/O. They may not import a reactor, sockets or files.
 PURE_MODULES = {
@@ -142,10 +134,6 @@ def imported_parts(path: Path) -> set[str]:
     names = {name.split(".")[1] for name in imports_of(path) if name.startswith("dockerproxy.")}
     parts = {entry.name.removesuffix(".py") for entry in PACKAGE.iterdir()}
     return {part if part in parts else "__init__" for part in names}
-
-
-def is_within(name: str, groups: set[str]) -> bool:
-    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 @pytest.mark.parametrize("path", modules(), ids=module_name)

@@ -29,6 +29,7 @@ from cryptography.x509.oid import NameOID
 
 import dockerproxy
 from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE
+from tests.support.startup_modules import UNWANTED, is_within
 from tests.twistd import twistd_command
 
 pytestmark = pytest.mark.slow  # each test starts a daemon
@@ -330,6 +331,25 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
     ):
         assert text.count(expected) == 1, expected
     assert "REGISTRY_HTTP_LISTEN" not in text and "starting on" not in text
+
+
+def test_the_first_use_loads_what_most_daemons_never_need(start: Any) -> None:
+    daemon = start(WORKERS="2", PYTHONVERBOSE="1")  # Python logs each module that it loads
+    daemon.wait_for("worker 1 serves")
+    assert exchange(daemon.port(), GET % b"/healthz").endswith(b"ok\n")
+
+    # twistd loads twisted.trial, unless it has found all plugins before.
+    unwanted = {name for name in UNWANTED if not is_within(name, {"twisted", "unittest"})}
+
+    def loaded() -> set[str]:
+        return {name for name in re.findall(r"\bimport '([\w.]+)'", daemon.log_text) if is_within(name, unwanted)}
+
+    assert re.search(r"\bimport 'dockerproxy\.page\.door'", daemon.log_text)
+    assert loaded() == set()
+    page = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/html\r\nConnection: close\r\n\r\n"
+    assert exchange(daemon.port(), page).startswith(b"HTTP/1.1 200 ")
+    assert {"dockerproxy.page.site", "dockerproxy.page.rendering", "jinja2"} <= loaded()
+    assert "dockerproxy.admin.pulls" not in loaded()
 
 
 def test_environment_overrides_env_file(start: Any, tmp_path: Path) -> None:

@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from dockerproxy.admin.control import ControlHandler
-from dockerproxy.admin.live import LiveFeed
 from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.viewer import Viewer, ViewerOf
+from dockerproxy.concurrency import FirstUse
 from dockerproxy.errors import BadRequest, RegistryError
 from dockerproxy.http.request import Request
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.principal import Principal
 from dockerproxy.shares import ClientShares
+
+if TYPE_CHECKING:
+    from dockerproxy.admin.live import LiveFeed
 
 API_PREFIX = "/api/v1/"
 
@@ -41,7 +44,7 @@ class API:
     """Handles requests below `/api/v1/`. `viewer_of` returns the viewer that sends a request, or refuses it."""
 
     _overview: Overview
-    _live: LiveFeed
+    _live: FirstUse[LiveFeed]
     _viewer_of: ViewerOf
     _requests: ClientShares
 
@@ -51,7 +54,8 @@ class API:
         viewer = await self._viewer_of(request)
         resource = request.path.removeprefix(API_PREFIX)
         if resource == "live":
-            await self._live.send_events(request, viewer, self._viewer_of)
+            live = await self._live.get()
+            await live.send_events(request, viewer, self._viewer_of)
             return
         self._requests.acquire(request.client)
         try:
@@ -69,7 +73,7 @@ class ControlAPI:
     """The same on the control socket. Its users are administrators."""
 
     _overview: Overview
-    _live: LiveFeed
+    _live: FirstUse[LiveFeed]
 
     @property
     def handlers(self) -> dict[tuple[str, str], ControlHandler]:
@@ -86,7 +90,8 @@ class ControlAPI:
 
     async def live(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
         """Respond with the events as lines."""
-        await self._live.send_lines(request, Viewer.administrator(principal.user))
+        live = await self._live.get()
+        await live.send_lines(request, Viewer.administrator(principal.user))
 
 
 def parse_arguments(query: str) -> Mapping[str, str]:

@@ -6,19 +6,21 @@ Each may be repeated: a form that is sent twice does no harm.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from twisted.logger import Logger
 
 from dockerproxy.admin.deletion import Deleter
 from dockerproxy.admin.operations import Event, OperationError, Operations
-from dockerproxy.admin.pulls import PullService
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, InvalidArgument, NotFound
-from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.concurrency import FirstUse, in_thread, spawn
 from dockerproxy.errors import BadRequest, Denied, InsufficientStorage, NameUnknown
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.disk_access import DiskAccess
+
+if TYPE_CHECKING:
+    from dockerproxy.admin.pulls import PullService
 
 log = Logger()
 
@@ -34,7 +36,7 @@ class ImageActions:
     _registry_disk: DiskAccess
     _hosted_root: str | None
     """The directory of the hosted registry; None if it is in a bucket."""
-    _pulls: PullService
+    _pulls: FirstUse[PullService]
 
     async def act(self, principal: Principal, action: str, name: str, where: str) -> str:
         """Do `action` with the image `name` of the store `where`. Return the code of its result; see `page.site`.
@@ -51,14 +53,15 @@ class ImageActions:
         raise BadRequest(f"{action[:20]!r} is not possible for this image")
 
     async def _pin(self, principal: Principal, action: str, name: str) -> str:
+        pulls = await self._pulls.get()
         if action == "pin":
-            await self._pulls.pin(principal, name)
+            await pulls.pin(principal, name)
             return "pinned"
         if action == "refresh":
-            await self._pulls.refresh(principal, name)
+            await pulls.refresh(principal, name)
             return "asked"
         try:
-            await self._pulls.unpin(principal, name)
+            await pulls.unpin(principal, name)
         except NameUnknown:
             pass  # it was unpinned already
         return "unpinned"

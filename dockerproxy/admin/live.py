@@ -23,7 +23,7 @@ from twisted.logger import Logger
 
 from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.shown_transfers import BlobTransfer, blob_transfers
-from dockerproxy.admin.viewer import Viewer, ViewerOf
+from dockerproxy.admin.viewer import MAX_VIEWERS, RETRY_AFTER, Viewer, ViewerOf
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.access import public_may_read
 from dockerproxy.cache.board import Board, BoardPart
@@ -37,17 +37,8 @@ from dockerproxy.store.records import Records
 INTERVAL = 1.0
 """Seconds between two sums."""
 
-MAX_VIEWERS, VIEWERS_PER_CLIENT = 100, 50
-"""Viewers of all processes, and of one client of a process: many people may share an address, such as that of a NAT."""
-
-LOCAL_VIEWERS = 10
-"""Viewers beyond those, on the control socket: visitors of the page cannot keep an administrator from looking on."""
-
 MAX_UNREAD = 64 * 1024
 """Bytes that wait for a viewer that does not read; then it is dropped."""
-
-RETRY_AFTER = 10
-"""Seconds after which a viewer for which there is no room asks for the state, or tries again."""
 
 _KEEP_ALIVE = 15.0  # seconds without an event after which a comment shows that the connection lives
 _PUBLIC_KEPT = 10.0  # seconds for which the answer to "is it public?" counts
@@ -178,7 +169,7 @@ class _Rates:
 
 
 class LiveFeed:
-    """The streams of one process. `usage` returns the bytes of the cache and their limit."""
+    """The streams of one process, bounded by `viewers`. `usage` returns the bytes of the cache and their limit."""
 
     def __init__(
         self,
@@ -190,6 +181,7 @@ class LiveFeed:
         places: LayerPlaces,
         usage: Callable[[], Awaitable[tuple[int, int]]],
         clock: Callable[[], float],
+        viewers: ClientShares,
     ) -> None:
         self._reactor = reactor
         self._board = board
@@ -208,13 +200,7 @@ class LiveFeed:
         self._public: BoundedDict[str, bool] = BoundedDict(_MAX_PUBLIC_KEPT, ttl=_PUBLIC_KEPT, clock=reactor.seconds)
         self._loop = LoopingCall(self._tick)
         self._loop.clock = reactor
-        self.viewers = ClientShares(
-            "live views of the page",
-            MAX_VIEWERS + LOCAL_VIEWERS,
-            VIEWERS_PER_CLIENT,
-            reserved=LOCAL_VIEWERS,
-            retry_after=RETRY_AFTER,
-        )
+        self.viewers = viewers
 
     async def send_events(self, request: Request, viewer: Viewer, viewer_of: ViewerOf) -> None:
         """Respond with Server-Sent Events until the viewer leaves, does not read, or has other rights.

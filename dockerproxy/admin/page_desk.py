@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from dockerproxy.admin.image_actions import ImageActions
 from dockerproxy.admin.overview import Document, OverviewError, error_answer
 from dockerproxy.admin.sessions import Session, Sessions
-from dockerproxy.admin.why import Explainer
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError
 from dockerproxy.registry.principal import Principal
+
+if TYPE_CHECKING:
+    from dockerproxy.admin.image_actions import ImageActions
+    from dockerproxy.admin.why import Explainer
 
 _MAX_HISTORY = 20  # rows
 _MAX_HISTORY_SIZE = 128 * 1024  # bytes: a message to another process may have 192 KiB, and rows have strangers' texts

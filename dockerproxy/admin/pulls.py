@@ -3,7 +3,6 @@
     POST /v1/pull          {"images", "platforms"?, "pin"?, "refresh"?, "dry_run"?, "detach"?, "referrers"?}  lines
     GET  /v1/pulls
     POST /v1/pulls/cancel  {"images"}
-    GET  /v1/budget
     POST /v1/unpin         {"images"}
     GET  /v1/pins
     POST /v1/pins/refresh  {"all"?}                                                                           lines
@@ -21,17 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
 from twisted.logger import Logger
 
 from dockerproxy.admin.arguments import FLAG, MAX_BODY, NAMES, SECONDS, Argument, parse_body
 from dockerproxy.admin.ndjson import JSON_FIELDS, NDJSONResponse
-from dockerproxy.cache.image_budget import PullBudget
 from dockerproxy.cache.image_pull import Estimate, ImagePull, ImagePuller, PullRequest, PullState, describe_failure
 from dockerproxy.cache.pin_file import PinFile, parse_platforms
 from dockerproxy.cache.pins import Pin, Pins
-from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.concurrency import current_client, in_thread, spawn
 from dockerproxy.config_files import read_config_file
 from dockerproxy.errors import (
@@ -50,7 +46,6 @@ from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
-from dockerproxy.store.records import Records
 
 MAX_PULLS = 2000
 """Images that are being pulled at the same time, or wait."""
@@ -83,28 +78,24 @@ class _Order:
     problem: str = ""
 
 
-class PullService(Service):
+class PullService:
     """Runs pulls, and keeps pins in the main process. `clock` returns POSIX time.
 
-    `layout` and `records` are those of the cache, `pin_file` is PIN_FILE.
+    `layout` is that of the cache, and `pin_file` returns PIN_FILE.
     """
 
     def __init__(
         self,
         reactor: Any,
         puller: ImagePuller,
-        budget: PullBudget,
         pins: Pins,
         layout: Layout,
-        records: Records,
         audit: AuditLog,
         clock: Callable[[], float],
-        pin_file: Path | None,
+        pin_file: Callable[[], Path | None],
     ) -> None:
         self._reactor = reactor
         self._puller = puller
-        self._budget = budget
-        self._records = records
         self._audit = audit
         self._pins = pins
         self._blobs = Blobs(layout, durable=False)
@@ -116,26 +107,10 @@ class PullService(Service):
         self._running: dict[PullRequest, Deferred[None]] = {}
         self._waiters: set[Deferred[None]] = set()  # for the end of any pull
 
-    def startService(self) -> None:
-        """Read PIN_FILE, and fetch what was pinned and has not been fetched yet."""
-        super().startService()  # type: ignore[no-untyped-call]
-        self._reactor.callWhenRunning(self._start)
-
-    def _start(self) -> None:
-        if self._pin_file is not None or len(self._pins):
-            spawn(self._fetch_new_pins(), "fetching pinned images")
-
-    def stopService(self) -> Any:
+    def cancel_all(self) -> None:
         """End all pulls; what they have downloaded stays."""
         for deferred in list(self._running.values()):
             deferred.cancel()
-        return super().stopService()  # type: ignore[no-untyped-call]
-
-    def reconfigure(self, reserve: int, pin_file: Path | None) -> None:
-        """Apply RATE_RESERVE, and PIN_FILE or changed content of it."""
-        self._budget.reserve = reserve
-        self._pin_file = pin_file
-        spawn(self._fetch_new_pins(), "fetching pinned images")
 
     # pins
 
@@ -186,12 +161,8 @@ class PullService(Service):
         if pin is None:
             raise NameUnknown(f"{ImageName.parse(name)} is not pinned")
         if pin.in_file:
-            raise Denied(f"{pin.image} is in {self._pin_file}; remove its line there")
+            raise Denied(f"{pin.image} is in {self._pin_file()}; remove its line there")
         return pin.image
-
-    def is_pinned(self, key: str, name: str | None = None) -> bool:
-        """Return whether the tag or digest `name` of the repository `key`, or anything of it, is pinned."""
-        return self._pins.is_pinned(key, name)
 
     def pins(self) -> list[dict[str, Any]]:
         """Return the rows of all pins, without their missing parts."""
@@ -213,12 +184,6 @@ class PullService(Service):
             "error": pin.error,
         }
 
-    def count_pins(self) -> tuple[int, int, int]:
-        """Return how many pins are here as a whole, how many are not, and the bytes of all. Blocks."""
-        rows = self._rows_with_missing()
-        incomplete = sum(bool(row["missing"]) or row["digest"] is None for row in rows)
-        return len(rows) - incomplete, incomplete, self._pins.bytes
-
     def _images_with_missing(self) -> set[ImageName]:
         """Return the pinned images of which something is not here, such as after `rm`. Blocks."""
         return {pin.image for pin in self._pins if not all(map(self._blobs.exists, pin.contents))}
@@ -232,7 +197,7 @@ class PullService(Service):
     async def _read_pin_file(self) -> None:
         """Add the images of PIN_FILE, and remove those that it no longer has. An unreadable file changes nothing."""
         async with self._pin_file_lock:  # or what another one read before would be applied after it
-            await self._apply_pin_file(self._pin_file)
+            await self._apply_pin_file(self._pin_file())
 
     async def _apply_pin_file(self, path: Path | None) -> None:
         listed: dict[ImageName, tuple[str, ...]] = {}
@@ -268,7 +233,8 @@ class PullService(Service):
             await self._pins.remove(pin.image)
             log.info("{image} is no longer pinned, because PIN_FILE does not have it", image=str(pin.image))
 
-    async def _fetch_new_pins(self) -> None:
+    async def fetch_new_pins(self) -> None:
+        """Read PIN_FILE, and fetch what was pinned and has not been fetched yet."""
         try:
             await self._read_pin_file()
         except OSError as error:
@@ -381,7 +347,6 @@ class PullService(Service):
             ("POST", "/v1/pull"): self._handle_pull,
             ("GET", "/v1/pulls"): self._handle_pulls,
             ("POST", "/v1/pulls/cancel"): self._handle_cancel,
-            ("GET", "/v1/budget"): self._handle_budget,
             ("POST", "/v1/unpin"): self._handle_unpin,
             ("GET", "/v1/pins"): self._handle_pins,
             ("POST", "/v1/pins/refresh"): self._handle_refresh,
@@ -409,18 +374,11 @@ class PullService(Service):
             raise NameUnknown(f"{image} is not being pulled")
         return pulls
 
-    async def _handle_budget(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
-        request.respond(200, JSON_FIELDS, json.dumps(await self.budget()).encode())
-
-    async def budget(self, *, repositories: bool = True) -> dict[str, Any]:
-        """Return the limits of registries, and their uses; with the names of `repositories`, or without."""
-        limits = await in_thread(self._reactor, stored_limits, self._records, self._clock())
-        return {"reserve": self._budget.reserve / 100, "limits": self._budget.rows(limits, repositories=repositories)}
-
     async def _handle_pins(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:
+        pin_file = self._pin_file()
         document = {
             "pins": await in_thread(self._reactor, self._rows_with_missing),
-            "file": None if self._pin_file is None else str(self._pin_file),
+            "file": None if pin_file is None else str(pin_file),
             "problems": list(self._problems),
             "bytes": self._pins.bytes,
             "limit": self._pins.limit,

@@ -1,4 +1,4 @@
-"""The viewers of the page, the API and the streams of events, and the names that each may read there. Pure.
+"""The viewers of the page, the API and the streams of events: how many, and the names that each may read there. Pure.
 
 The names of private repositories are secrets. A viewer that has not logged in sees only repositories that the public
 may read, and everything else without its name. Every surface asks the same `Viewer`.
@@ -16,6 +16,16 @@ from dockerproxy.errors import NameInvalid
 from dockerproxy.http.request import Request
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.oci.names import Host, Registry
+from dockerproxy.shares import ClientShares
+
+MAX_VIEWERS, VIEWERS_PER_CLIENT = 100, 50
+"""Viewers of all processes, and of one client of a process: many people may share an address, such as that of a NAT."""
+
+LOCAL_VIEWERS = 10
+"""Viewers beyond those, on the control socket: visitors of the page cannot keep an administrator from looking on."""
+
+RETRY_AFTER = 10
+"""Seconds after which a viewer for which there is no room asks for the state, or tries again."""
 
 OTHER_REGISTRY = "another registry"
 """The name of a registry that no setting names, such as a host that a wildcard of REGISTRIES covers."""
@@ -78,3 +88,14 @@ def label_of(repository: str, known: Collection[str]) -> str:
 def private_name(label: str) -> str:
     """Return the name under which a viewer sees an image of the registry `label` that they may not read."""
     return f"a private image of {label}"
+
+
+def live_shares() -> ClientShares:
+    """Return the bound of live views of one process."""
+    return ClientShares(
+        "live views of the page",
+        MAX_VIEWERS + LOCAL_VIEWERS,
+        VIEWERS_PER_CLIENT,
+        reserved=LOCAL_VIEWERS,
+        retry_after=RETRY_AFTER,
+    )

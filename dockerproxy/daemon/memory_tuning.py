@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import linecache
 from contextlib import suppress
 
 # Parameters of mallopt(3), from malloc.h
@@ -31,6 +32,14 @@ def tune_malloc() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _MAX_IN_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _MAX_FREE_AT_TOP)
+
+
+def forget_generated_source() -> None:
+    """Forget the source of the methods that attrs has generated, 1 MB of it. Call it when all modules are loaded.
+
+    A traceback through such a method lacks that line, and still has its class and number.
+    """
+    linecache.clearcache()
 
 
 def freeze_startup_objects() -> None:

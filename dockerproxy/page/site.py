@@ -7,25 +7,23 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlencode
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from dockerproxy import __version__
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import BadRequest, Denied, NameInvalid, NameUnknown, RegistryError, Unsupported
-from dockerproxy.http.channel import Handler
 from dockerproxy.http.request import Fields, Request
-from dockerproxy.http.security_fields import security_fields
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.page import views
 from dockerproxy.page.charts import traffic_chart
+from dockerproxy.page.door import Place
 from dockerproxy.page.rendering import assets, render
 from dockerproxy.page.setups import engines
 from dockerproxy.page.sign_in import (
-    NO_PAGE,
     SignIn,
     SignInNeeded,
     Visitor,
@@ -34,7 +32,6 @@ from dockerproxy.page.sign_in import (
     session_cookie,
 )
 from dockerproxy.registry.principal import Principal
-from dockerproxy.shares import ClientShares
 
 Document = dict[str, Any]
 
@@ -45,15 +42,6 @@ _OWN_PATH = re.compile(r"/[A-Za-z0-9/?&=%@:+._~-]*")
 _IMAGES_ON_OVERVIEW = 10
 _PER_PAGE = 50
 _IMMUTABLE = "public, max-age=31536000, immutable"
-
-_POLICY = security_fields(
-    "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
-)
-PAGE_FIELDS = f"{_POLICY}Referrer-Policy: same-origin\r\n"
-"""The fields of all that the page consists of: everything from here, no script or style within a page."""
-
-TLS_PAGE_FIELDS = f"{PAGE_FIELDS}Cross-Origin-Opener-Policy: same-origin\r\n"
-"""The same over TLS. Without it, browsers ignore the last one, and report each page as an error (HTML, 7.1.3)."""
 
 _HTML = ("Content-Type", "text/html; charset=utf-8")
 _NO_STORE = ("Cache-Control", "no-store")
@@ -83,20 +71,6 @@ ReadHistory = Callable[[str, str], Awaitable[list[Document]]]
 """Returns the last requests for a repository of a store, for administrators."""
 
 
-@frozen
-class Place:
-    """Where this server is reached.
-
-    `proxy_port` is that of the proxy without TLS, `tls_port` one with TLS, None if there is none. `name` is the
-    server's own if a request has none. `ca_fingerprint` is the SHA-256 of the CA's certificate.
-    """
-
-    name: str
-    proxy_port: int
-    tls_port: int | None
-    ca_fingerprint: str
-
-
 @define(eq=False)
 class BrowserPage:
     """Handles the requests for the page. `registries` returns the names of the registries that are cached.
@@ -106,47 +80,18 @@ class BrowserPage:
 
     _reactor: Any
     _clock: Callable[[], float]
-    sign_in: SignIn
+    _sign_in: SignIn
     _overview: Overview
     _doctor: Doctor
     _act: Act
     _read_history: ReadHistory
     _place: Place
     _registries: Callable[[], list[str]]
-    _requests: ClientShares
     _on_proxy_port: bool = field(default=False, kw_only=True)
     _collects_garbage: bool = field(default=True, kw_only=True)
 
-    def pages(self, text: Handler) -> dict[str, Handler]:
-        """Return the handlers of GET by path. `text` responds to those that want no page at ``/``."""
-
-        def root(request: Request) -> Awaitable[None]:
-            is_page = wants_html(request) and not self.sign_in.is_off
-            return self.handle(request) if is_page else text(request)
-
-        paths = ("/images", "/images/", "/registries", "/registries/", "/clients", "/doctor", "/login", "/assets/")
-        return {"/": root, **dict.fromkeys(paths, self.handle)}
-
-    @property
-    def forms(self) -> dict[str, Handler]:
-        """The handlers of POST by path."""
-        return dict.fromkeys(("/login", "/logout", "/actions/"), self.handle)
-
-    def handle(self, request: Request) -> Awaitable[None]:
-        """Respond to a request for any address of the page. Raise `RegistryError` if PAGE=off."""
-        request.security_fields = TLS_PAGE_FIELDS if request.secure else PAGE_FIELDS
-        return self._handle(request)
-
-    async def _handle(self, request: Request) -> None:
-        if self.sign_in.is_off:
-            raise NameUnknown(NO_PAGE)
-        self._requests.acquire(request.client)
-        try:
-            await self._respond(request)
-        finally:
-            self._requests.release(request.client)
-
-    async def _respond(self, request: Request) -> None:
+    async def respond(self, request: Request) -> None:
+        """Respond to a request for any address of the page. Raise `RegistryError` if it has no such asset."""
         if request.path.startswith("/assets/"):
             await self._respond_asset(request)
             return
@@ -200,7 +145,7 @@ class BrowserPage:
     # The pages
 
     async def _show_overview(self, request: Request, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         viewer, range_name = visitor.viewer, views.range_of(query.get("range", ""))
         overview = await self._overview.get("overview", viewer, {"range": range_name})
         series = await self._overview.get("traffic", viewer, {"range": range_name})
@@ -224,7 +169,7 @@ class BrowserPage:
         await self._respond_page(request, "overview", visitor, context, query)
 
     async def _show_images(self, request: Request, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         names = ("q", "sort", "order", "page", "where")
         arguments = {name: query[name] for name in names if query.get(name)} | {"per_page": str(_PER_PAGE)}
         document = await self._overview.get("images", visitor.viewer, arguments)
@@ -232,7 +177,7 @@ class BrowserPage:
         await self._respond_page(request, "images", visitor, context, query)
 
     async def _show_image(self, request: Request, name: str, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         viewer = visitor.viewer
         arguments = {key: query[key] for key in ("where", "page") if query.get(key)} | {"name": name}
         document = await self._overview.get("image", viewer, arguments)
@@ -268,7 +213,7 @@ class BrowserPage:
         return views.ShownManifest(manifest, content, None if child is None else child["platform"])
 
     async def _show_registries(self, request: Request, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         range_name = views.range_of(query.get("range", ""))
         document = await self._overview.get("registries", visitor.viewer, {"range": range_name})
         context = {
@@ -280,7 +225,7 @@ class BrowserPage:
         await self._respond_page(request, "registries", visitor, context, query)
 
     async def _show_registry(self, request: Request, name: str, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         viewer, range_name = visitor.viewer, views.range_of(query.get("range", ""))
         document = await self._overview.get("registry", viewer, {"name": name, "range": range_name})
         row = views.registry(document["registry"], self._clock())
@@ -301,7 +246,7 @@ class BrowserPage:
         await self._respond_page(request, "registry", visitor, context, query, nav="registries")
 
     async def _show_clients(self, request: Request, query: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         choices = self._engines(request)
         context = {
             "engines": choices,
@@ -312,7 +257,7 @@ class BrowserPage:
         await self._respond_page(request, "clients", visitor, context, query)
 
     async def _show_doctor(self, request: Request) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         report, unavailable = None, ""
         try:
             report = views.report(await self._doctor(False, visitor.viewer), self._clock())
@@ -333,13 +278,13 @@ class BrowserPage:
     async def _show_login(
         self, request: Request, query: Mapping[str, str], error: RegistryError | None = None, user: str = ""
     ) -> None:
-        visitor = await self.sign_in.find(request)
+        visitor = await self._sign_in.find(request)
         tls_url = None
         if not request.secure and self._place.tls_port is not None:
             host = Host(self._host(request).name, self._place.tls_port)
             tls_url = f"https://{host}/login" + (f"?{request.query}" if request.query else "")
         context = {
-            "has_users": self.sign_in.users is not None,
+            "has_users": self._sign_in.users is not None,
             "link": query.get("link", "")[:200],
             "next": own_path(query.get("next", "")),
             "tls_url": tls_url,
@@ -357,7 +302,7 @@ class BrowserPage:
             "message": error.message,
         }
         try:
-            visitor = await self.sign_in.find(request)
+            visitor = await self._sign_in.find(request)
         except RegistryError:
             visitor = Visitor(Viewer())
         await self._respond_page(request, "error", visitor, context, {}, error=error)
@@ -391,7 +336,7 @@ class BrowserPage:
         await request.respond_long(200 if error is None else error.status, fields, content)
 
     async def _known_findings(self, viewer: Viewer) -> list[Document]:
-        if not self.sign_in.may_see_page(viewer):  # the sign-in page and pages of errors are for everybody
+        if not self._sign_in.may_see_page(viewer):  # the sign-in page and pages of errors are for everybody
             return []
         try:
             report = await self._doctor(True, viewer)
@@ -427,24 +372,24 @@ class BrowserPage:
         form = dict(parse_query(text))
         match [part for part in request.path.split("/") if part]:
             case ["login"]:
-                await self._sign_in(request, form)
+                await self._start_session(request, form)
             case ["logout"]:
-                visitor = await self.sign_in.find(request)
+                visitor = await self._sign_in.find(request)
                 check_form(request, visitor, form.get("token", ""))
-                await self.sign_in.end(visitor)
-                self.sign_in.record(request, "sign-out", visitor.viewer.user)
+                await self._sign_in.end(visitor)
+                self._sign_in.record(request, "sign-out", visitor.viewer.user)
                 _redirect(request, "/?done=signed-out", session_cookie("", secure=request.secure))
             case ["actions", action] if action in ACTIONS:
                 await self._do(request, action, form)
             case _:
                 raise Unsupported("there is no such form here", headers=[("Allow", "GET, HEAD")])
 
-    async def _sign_in(self, request: Request, form: Mapping[str, str]) -> None:
+    async def _start_session(self, request: Request, form: Mapping[str, str]) -> None:
         link = form.get("link", "")
         if link:
-            found = await self.sign_in.use_link(link)
+            found = await self._sign_in.use_link(link)
             if found is None:
-                self.sign_in.record(request, "sign-in", None, accepted=False)
+                self._sign_in.record(request, "sign-in", None, accepted=False)
                 message = (
                     "this link has been used, or is older than ten minutes; sudo dockerproxy page prints another one"
                 )
@@ -455,19 +400,19 @@ class BrowserPage:
             user = form.get("user", "")
             try:
                 credentials = BasicCredentials(user, form.get("password", ""))
-                if not await self.sign_in.check_password(request, credentials):
+                if not await self._sign_in.check_password(request, credentials):
                     raise Denied("the user name or the password is wrong")
-                token = await self.sign_in.start(user)
+                token = await self._sign_in.start(user)
             except RegistryError as error:
                 request.set_error(error)
-                self.sign_in.record(request, "sign-in", user, accepted=False)
+                self._sign_in.record(request, "sign-in", user, accepted=False)
                 await self._show_login(request, {"next": form.get("next", "")}, error, user)
                 return
-        self.sign_in.record(request, "sign-in", user)
+        self._sign_in.record(request, "sign-in", user)
         _redirect(request, own_path(form.get("next", "")), session_cookie(token, secure=request.secure))
 
     async def _do(self, request: Request, action: str, form: Mapping[str, str]) -> None:
-        visitor = await self.sign_in.visitor(request)
+        visitor = await self._sign_in.visitor(request)
         check_form(request, visitor, form.get("token", ""))
         if not visitor.viewer.is_admin:
             raise Denied("only administrators (ADMIN_USERS) may do this")
@@ -508,11 +453,6 @@ def own_path(target: str) -> str:
     """Return `target` if it is a path of this page, else ``/``. The browser is sent there after it has signed in."""
     is_ours = _OWN_PATH.fullmatch(target) is not None and not target.startswith(("//", "/login", "/logout"))
     return target if is_ours and len(target) <= _MAX_TARGET else "/"
-
-
-def wants_html(request: Request) -> bool:
-    """Return whether `request` is that of a browser which shows a page. curl and others take anything."""
-    return "text/html" in (request.headers.joined("accept") or "").lower()
 
 
 def _redirect(request: Request, target: str, *fields: tuple[str, str]) -> None:

@@ -31,6 +31,7 @@ from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.silent_servers import SilentServers
+from dockerproxy.upstream.tls import ClientContext
 from dockerproxy.workers.connection_table import connection_limit
 from dockerproxy.workers.coordinator import Coordinator
 from dockerproxy.workers.dispatch import ConnectionReceiver, NoPorts
@@ -47,12 +48,16 @@ log = Logger()
 
 @frozen
 class ForkedState:
-    """State a worker inherits through fork(). `environment` has the variables that the settings were parsed from."""
+    """State a worker inherits through fork(), so that all processes share its memory.
+
+    `environment` has the variables that the settings were parsed from.
+    """
 
     reactor: Any
     environment: Mapping[str, str] = field(repr=False)
     state: StateDirectory
     certificates: Certificates
+    upstream_tls: ClientContext
     scoreboard: Scoreboard
     metrics: Metrics
     tombstones: Tombstones
@@ -65,6 +70,7 @@ class ForkedState:
         configuration: Configuration,
         state: StateDirectory,
         certificates: Certificates,
+        upstream_tls: ClientContext,
         metrics: Metrics,
         tombstones: Tombstones,
     ) -> ForkedState:
@@ -72,7 +78,8 @@ class ForkedState:
         processes = configuration.settings.workers
         scoreboard = Scoreboard.create(processes, connection_limit(raise_descriptor_limit(), processes))
         board = Board.make(processes)
-        return cls(reactor, configuration.variables, state, certificates, scoreboard, metrics, tombstones, board)
+        variables = configuration.variables
+        return cls(reactor, variables, state, certificates, upstream_tls, scoreboard, metrics, tombstones, board)
 
     def shared_services(
         self, number: int, coordinator: Coordinator, bindings: Bindings, silent_servers: SilentServers
@@ -94,6 +101,7 @@ class ForkedState:
             Overview(coordinator.get_overview),
             PageDeskClient(coordinator.ask_page_desk),
             coordinator.doctor_report,
+            self.upstream_tls,
             coordinator,
             bindings,
             multi_process=self.scoreboard.processes > 1,

@@ -14,14 +14,15 @@ from twisted.internet.task import Clock
 
 from dockerproxy.admin.api import API, ControlAPI, api_shares
 from dockerproxy.admin.layer_places import LayerPlaces
-from dockerproxy.admin.live import LOCAL_VIEWERS, MAX_UNREAD, MAX_VIEWERS, LiveFeed, difference
+from dockerproxy.admin.live import MAX_UNREAD, LiveFeed, difference
 from dockerproxy.admin.ndjson import NDJSONResponse
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.resolver import CACHED, StoreView
-from dockerproxy.admin.viewer import Viewer
+from dockerproxy.admin.viewer import LOCAL_VIEWERS, MAX_VIEWERS, Viewer, live_shares
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.board import Board, BoardEntry
 from dockerproxy.cache.identity import PUBLIC
+from dockerproxy.concurrency import FirstUse
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.errors import NameUnknown, RegistryError, ServiceOverloaded, Unauthorized
 from dockerproxy.http.request import Request
@@ -52,12 +53,13 @@ class World:
         self.places = LayerPlaces(self.threads, self.store, self.records, self.clock.seconds)
         self.feed = LiveFeed(
             self.clock, self.board, self.board.for_process(0), self.metrics, self.records, self.places, self.usage,
-            lambda: NOW,
+            lambda: NOW, live_shares(),
         )  # fmt: skip
+        self.live = FirstUse(self.threads, lambda: self.feed, loaded=self.feed)
         self.part = self.board.for_process(1)
         self.asked: list[str] = []
         self.viewer: Viewer | RegistryError | None = None  # of all requests from now on
-        self.api = API(Overview(self.answer), self.feed, self.viewer_of, api_shares())
+        self.api = API(Overview(self.answer), self.live, self.viewer_of, api_shares())
         Access(self.records, lambda: NOW).record_grant(PUBLIC_NAME, PUBLIC, NOW - 5)
 
     async def usage(self) -> tuple[int, int]:
@@ -303,7 +305,7 @@ def test_a_hundred_viewers_cost_little(world: World) -> None:
 
 def test_the_control_socket_has_the_same_events_as_lines(world: World) -> None:
     async def handle(request: Request) -> None:
-        control = ControlAPI(Overview(world.answer), world.feed)
+        control = ControlAPI(Overview(world.answer), world.live)
         handler = control.handlers["GET", request.path]
         await handler(request, NDJSONResponse(request), Principal("root", "the control socket", None))
 
@@ -397,7 +399,7 @@ def test_an_error_of_the_main_process_is_passed_on(world: World, monkeypatch: py
     async def unknown(*_: Any) -> dict[str, Any]:
         raise NameUnknown("there is no such thing")
 
-    monkeypatch.setattr(world, "api", API(Overview(unknown), world.feed, world.viewer_of, api_shares()))
+    monkeypatch.setattr(world, "api", API(Overview(unknown), world.live, world.viewer_of, api_shares()))
     [response] = world.connect(path="/api/v1/nothing").client.responses
     assert response.status == 404
     assert json.loads(response.body)["error"]["message"] == "there is no such thing"

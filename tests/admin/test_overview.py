@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.admin import images, layer_places
-from dockerproxy.admin.overview import LocalOverview, Overview, OverviewError
+from dockerproxy.admin.local_overview import LocalOverview
+from dockerproxy.admin.overview import Overview, OverviewError, OverviewSources
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery
 from dockerproxy.admin.viewer import Viewer, label_of
@@ -66,7 +67,7 @@ class World:
         self.summaries = Summaries(self.reactor, stores, disk, self.records)
         self.local = LocalOverview(
             self.reactor, self.metrics, self.board, self.history, self.summaries, stores, self.records, disk,
-            self._usage, time.time, version="1.2.3", workers=2,
+            self._usage, time.time, OverviewSources(), version="1.2.3", started=time.time(), workers=2,
         )  # fmt: skip
         self.local.sources.budget = self._budget
         self.local.sources.status = self._status

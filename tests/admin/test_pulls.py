@@ -10,6 +10,7 @@ import pytest
 from dockerproxy.admin.pulls import PullService
 from dockerproxy.cache.image_pull import PullRequest
 from dockerproxy.cache.pins import Pins, pin_records
+from dockerproxy.concurrency import spawn
 from dockerproxy.errors import NameUnknown
 from dockerproxy.store.layout import Layout
 from tests.cache.support.reactor import ManualReactor
@@ -29,26 +30,19 @@ class Harness:
     def __init__(self, folder: Path) -> None:
         self.reactor, self.layout, self.pin_file = ManualReactor(), Layout(folder / "cache"), folder / "pins"
         self.pins = Pins(self.reactor, pin_records(self.layout), lambda: NOW, limit=1000, cost=1)
-        unused: Any = None
         puller: Any = StubPuller()
         self.service = PullService(
-            self.reactor, puller, unused, self.pins, self.layout, unused, make_audit_log()[0], lambda: NOW,
-            self.pin_file,
+            self.reactor, puller, self.pins, self.layout, make_audit_log()[0], lambda: NOW, lambda: self.pin_file
         )  # fmt: skip
 
     def read(self, content: bytes) -> None:
         """Change the file, and have it read."""
         self.pin_file.write_bytes(content)
-        self.service._budget = StubBudget()  # type: ignore[assignment]
-        self.service.reconfigure(20, self.pin_file)
+        spawn(self.service.fetch_new_pins(), "fetching pinned images")
 
     @property
     def images(self) -> list[str]:
         return [row["image"] for row in self.service.pins()]
-
-
-class StubBudget:
-    reserve = 0
 
 
 @pytest.fixture
@@ -82,7 +76,7 @@ def test_what_was_read_last_counts(harness: Harness) -> None:
 def test_a_file_that_is_removed_while_the_daemon_runs(harness: Harness) -> None:
     harness.read(b"nginx:1\n")
     harness.pin_file.unlink()
-    harness.service.reconfigure(20, harness.pin_file)
+    spawn(harness.service.fetch_new_pins(), "fetching pinned images")
     assert harness.images == ["docker.io/library/nginx:1"]
     (problem,) = harness.service._problems
     assert problem == f"PIN_FILE: {harness.pin_file} cannot be read: No such file or directory; its pins stay"

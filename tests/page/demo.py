@@ -19,12 +19,14 @@ from twisted.internet.defer import Deferred
 
 from dockerproxy.admin.sessions import Session, Sessions
 from dockerproxy.admin.viewer import Viewer
+from dockerproxy.concurrency import FirstUse
 from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.oci.credentials import BasicCredentials
+from dockerproxy.page.door import PageDoor, Place
 from dockerproxy.page.sign_in import SignIn
-from dockerproxy.page.site import BrowserPage, Place
+from dockerproxy.page.site import BrowserPage
 from dockerproxy.registry.principal import Principal
 from dockerproxy.shares import ClientShares
 
@@ -295,7 +297,7 @@ class Demo:
     sign_ins: list[tuple[str, str | None, bool]] = field(factory=list)
     sessions: Sessions = field(init=False)
     sign_in: SignIn = field(init=False)
-    page: BrowserPage = field(init=False)
+    page: PageDoor = field(init=False)
     live_requests: list[Request] = field(factory=list)
     requests: ClientShares = field(factory=lambda: ClientShares("requests for the page", 256, 128))
 
@@ -304,7 +306,7 @@ class Demo:
         self.sign_in = SignIn(self.sessions, self._note, DemoUsers(), administrators=frozenset({"alice"}))
         place = Place("docker-registry.local", 3128, 3129, "5E:1B:" + "0F:" * 29 + "9C")
         names = [row[0] for row in REGISTRIES[:-1]]
-        self.page = BrowserPage(
+        page = BrowserPage(
             self.reactor,
             lambda: NOW,
             self.sign_in,
@@ -314,10 +316,10 @@ class Demo:
             history,
             place,
             lambda: names,
-            self.requests,
             on_proxy_port=True,
             collects_garbage=self.collects_garbage,
         )
+        self.page = PageDoor(FirstUse(self.reactor, lambda: page), self.sign_in, self.requests)
 
     def _note(self, request: Request, what: str, user: str | None, accepted: bool) -> None:
         self.sign_ins.append((what, user, accepted))
