@@ -62,6 +62,7 @@ class OverviewAnswers:
 def build_overview(
     reactor: Any,
     settings: Settings,
+    stores: Sequence[StoreView],
     state: StateDirectory,
     server: ProxyServer,
     shared: SharedServices,
@@ -71,14 +72,15 @@ def build_overview(
 ) -> OverviewAnswers:
     """Build the answers to the page, the API and the command."""
     started = time.time()
+    pull_history.is_public = find_public_pulls(state)
 
     def load() -> LocalOverview:
         from dockerproxy.admin.local_overview import LocalOverview
         from dockerproxy.admin.summary import Summaries
 
-        stores, records = store_views(settings, state), state.open_records()
+        records = state.open_records()
         summaries = Summaries(reactor, stores, server.registry_disk, records)
-        summaries.load_pulls = pull_history.counts.pulls
+        summaries.load_pulls = pull_history.counts.sums
         return LocalOverview(
             reactor,
             server.metrics,
@@ -97,6 +99,18 @@ def build_overview(
         )
 
     return OverviewAnswers(FirstUse(reactor, load))
+
+
+def find_public_pulls(state: StateDirectory) -> Callable[[str, str], bool]:
+    """Return a function that says whether everybody may know of a tag or digest of a cached repository. It blocks."""
+    cached, records = StoreView(CACHED, state.cache), state.open_records()
+
+    def is_public(repository: str, reference: str) -> bool:
+        from dockerproxy.admin.repository_view import everybody_sees
+
+        return everybody_sees(cached, records, repository, reference)
+
+    return is_public
 
 
 async def find_notices(doctor: Doctor, metrics: Metrics, viewer: Viewer) -> list[Document]:

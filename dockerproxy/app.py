@@ -902,21 +902,33 @@ def _render_metrics(
     accept: str,
 ) -> tuple[str, bytes]:
     # Loaded in a thread, and only if somebody asks for metrics.
-    from dockerproxy.daemon.exposition import damaged_gauge, measured_gauges, rate_limit_gauges, render
+    from dockerproxy.admin.operations import OperationHistory
+    from dockerproxy.daemon.exposition import (
+        ANONYMOUS,
+        CONFIGURED,
+        damaged_gauge,
+        measured_gauges,
+        operation_gauge,
+        rate_limit_gauges,
+        render,
+    )
     from dockerproxy.daemon.processes import ProcessUsage
 
     # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
-    # If there are several logins, it is the one that was used last.
-    limits: dict[str, dict[str, Any]] = {}
+    # If there were several logins, it is the one that was used last. Everybody may read the metrics, so it has no name.
+    limits: dict[tuple[str, str], dict[str, Any]] = {}
+    records, ends = shared.state.open_records(), dict[str, float]()
     with suppress(OSError):
-        stored = sorted(stored_limits(shared.state.open_records(), time.time()), key=lambda limit: limit[1].seen)
+        stored = sorted(stored_limits(records, time.time()), key=lambda limit: limit[1].seen)
         limits = {
-            registry_label(registry): asdict(limit)
+            (registry_label(registry), ANONYMOUS if limit.login is None else CONFIGURED): asdict(limit)
             for registry, limit in stored
             if registry_label(registry) in shared.metrics.registries
         }
+        ends = OperationHistory(records).last_successes()
     gauges = (
-        *measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits), damaged_gauge(damaged)
+        *measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits), damaged_gauge(damaged),
+        operation_gauge(ends),
     )  # fmt: skip
     usage = ProcessUsage.read(shared.metrics.process_ids)
     return render(shared.metrics, gauges, accept, usage, shared.metrics.started_at)

@@ -100,6 +100,30 @@ class _Parser(argparse.ArgumentParser):
     The shell completes names by the daemon's lists.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._apart: list[tuple[str, str]] = []
+        self._needs: list[tuple[str, str]] = []
+
+    def refuse_together(self, option: str, *others: str) -> None:
+        """Refuse `option` beside any of `others`, because it would ignore them."""
+        self._apart += [(option, other) for other in others]
+
+    def require_beside(self, option: str, other: str) -> None:
+        """Refuse `option` without `other`."""
+        self._needs.append((option, other))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        chosen = {name for name, value in vars(parsed).items() if value}
+        for option, other in self._apart:
+            if {option, other} <= chosen:
+                self.error(f"{_flag(option)} and {_flag(other)} cannot be used together")
+        for option, other in self._needs:
+            if option in chosen and other not in chosen:
+                self.error(f"{_flag(option)} needs {_flag(other)}")
+        return parsed, rest
+
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         action = super().add_argument(*names, **options)
         if action.type is _name:
@@ -110,20 +134,24 @@ class _Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
 def _build_parser() -> argparse.ArgumentParser:
-    common_options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common_options = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common_options.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     common_options.add_argument(
         "--socket", metavar="PATH", help="the control socket of the daemon, if it is not the default one"
     )
-    parser: argparse.ArgumentParser = _Parser(
+    parser = _Parser(
         "dockerproxy", description="List, remove and verify images in docker-registry-proxy.", parents=[common_options],
         epilog=(__doc__ or "").partition("\n\n")[2],
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add_command(name: str, run: str, text: str) -> argparse.ArgumentParser:
+    def add_command(name: str, run: str, text: str) -> _Parser:
         subparser = commands.add_parser(name, help=text, description=text, parents=[common_options])
         subparser.set_defaults(run=run)
         return subparser
@@ -140,10 +168,12 @@ def _build_parser() -> argparse.ArgumentParser:
             help="also those in a list, compose file, Kubernetes manifest or Dockerfile; - is the standard input",
         )  # fmt: skip
         subparser.add_argument(
-            "--platform", type=_list, metavar="P[,P]",
+            "--platform", type=_platforms, metavar="P[,P]",
             help="such as linux/amd64,linux/arm64, or all (default: those pulled here before, or this machine's)",
         )  # fmt: skip
-        subparser.add_argument("--referrers", action="store_true", help="signatures and SBOMs, too; pins have them")
+        subparser.add_argument(
+            "--referrers", action="store_true", help="pull signatures and SBOMs, too; pins always include them"
+        )
         subparser.add_argument("--detach", action="store_true", help="do not wait for the end")
 
     ls = add_command("ls", "images:list_", "list repositories, or the tags and manifests of one")
@@ -158,6 +188,7 @@ def _build_parser() -> argparse.ArgumentParser:
     ls.add_argument("--platforms", action="store_true", help="show all platforms of each image")
     ls.add_argument("--digests", action="store_true", help="show whole digests")
     ls.add_argument("-q", "--quiet", action="store_true", help="print names only, for scripts")
+    ls.refuse_together("quiet", "platforms", "digests")
     rm = add_command(
         "rm", "images:remove", "remove images, or all images of a repository; gc frees the space of hosted ones"
     )
@@ -176,16 +207,18 @@ def _build_parser() -> argparse.ArgumentParser:
         "import", "maintenance:import_", "import the storage directory of another registry (registry:2)"
     )
     import_command.add_argument(
-        "directory", metavar="DIR", help="the storage directory; the daemon must be able to read it"
+        "directory", metavar="DIR", type=_path, help="the storage directory; the daemon must be able to read it"
     )
     import_command.add_argument("--force", action="store_true", help="overwrite tags that exist in both")
     check_command = add_command(
         "check", "maintenance:check", "verify the digest of every blob and move damaged ones to damaged/"
     )
     check_command.add_argument("--cached", action="store_true", help="verify cached blobs instead of hosted ones")
-    why = add_command("why", "history:why", "say what would happen to a pull now, and what has happened, and why")
+    why = add_command(
+        "why", "history:why", "explain what would happen to a pull now, and what happened to the last ones"
+    )
     why.add_argument("name", metavar="NAME", type=_name, help="REPO:TAG, REPO@DIGEST or REPO")
-    why.add_argument("--platform", metavar="OS/ARCH", help="show the contents for one platform only")
+    why.add_argument("--platform", metavar="OS/ARCH", type=_platform, help="show the contents for one platform only")
     history = add_command(
         "history", "history:history", "list pulls, with the client, the image and the outcome of each"
     )
@@ -194,33 +227,39 @@ def _build_parser() -> argparse.ArgumentParser:
     history.add_argument("--client", metavar="ADDRESS", help="the pulls of one client only")
     add_command("status", "status:status", "show the state of the daemon; the exit status is 1 if something is bad")
     add_command(
-        "budget", "budget:budget", "show how many pulls registries still allow, and until when they refuse more"
+        "budget", "budget:budget", "show how many pulls the registries still allow, and how long they refuse more"
     )
-    top = add_command("top", "top:top", "show downloads and traffic once a second: q ends it, s changes the order")
+    top = add_command(
+        "top", "top:top", "show downloads and traffic, updated once a second: q quits, s changes the order"
+    )
     top.add_argument("-n", "--count", type=_positive, metavar="N", help="end after N seconds")
     config = add_command("config", "config:config", "show the settings in force and where each of them comes from")
     config.add_argument(
-        "--check", metavar="FILE", help="check a file with settings and the files that it names instead"
+        "--check", metavar="FILE", help="check a file with settings, and the files that it names, instead"
     )
     add_command("reload", "config:reload", "make the daemon read its settings again, and print the result")
-    pull = add_command("pull", "pull:pull", "pull images into the cache, so that clients find them there")
+    pull = add_command("pull", "pull:pull", "pull images into the cache, before clients ask for them")
     add_image_options(pull)
-    pull.add_argument("--pin", action="store_true", help="keep them there from now on")
+    pull.add_argument("--pin", action="store_true", help="keep them in the cache from now on")
     pull.add_argument("--dry-run", action="store_true", help="only say how many pulls and bytes it would take")
     pull.add_argument("--cancel", action="store_true", help="end the pulls of these images that are running or wait")
+    pull.refuse_together("cancel", "pin", "dry_run", "detach", "platform", "referrers")
+    pull.refuse_together("dry_run", "detach")
     pin = add_command("pin", "pull:pin", "pull images into the cache, and keep them there")
     add_image_options(pin)
     pin.add_argument(
         "--refresh", type=_duration, metavar="TIME", help="ask after TIME whether the tag has moved (default 6h)"
     )
-    unpin = add_command("unpin", "pull:unpin", "let pinned images leave the cache again")
+    unpin = add_command("unpin", "pull:unpin", "unpin images, so that the cache may remove them again")
     unpin.add_argument("images", nargs="+", metavar="IMAGE", type=_name, help="its name, such as nginx:1.29")
-    pins = add_command("pins", "pull:pins", "list pinned images; with --missing exit 1 if one is not whole")
-    pins.add_argument("--missing", action="store_true", help="only those of which something is missing")
+    pins = add_command("pins", "pull:pins", "list pinned images; with --missing, exit 1 if one of them is incomplete")
+    pins.add_argument("--missing", action="store_true", help="list only incomplete images")
     pins.add_argument(
-        "--refresh", action="store_true", help="ask the registries whether tags have moved, where it is time"
+        "--refresh", action="store_true", help="ask the registries whether tags have moved, if it is time to ask"
     )
-    pins.add_argument("--all", action="store_true", help="with --refresh: all of them now")
+    pins.add_argument("--all", action="store_true", help="with --refresh: ask for all of them now")
+    pins.refuse_together("refresh", "missing")
+    pins.require_beside("all", "refresh")
     add_command("doctor", "doctor:diagnose", "check this server and its registries: what is wrong, and what to do")
     add_command("page", "page:page", "print a link that signs a browser in to the page as administrator")
     add_command("debug", "debug:debug", "show what each process is doing: downloads, connections, waiting work, locks")
@@ -234,6 +273,8 @@ def _complete_names(prefix: str, parsed_args: argparse.Namespace, **_: object) -
 
 
 def _name(text: str) -> str:
+    if not text:  # a variable of a script that is not set
+        raise argparse.ArgumentTypeError("it is empty")
     if len(text) > _MAX_NAME:
         raise argparse.ArgumentTypeError(f"it has {len(text)} characters, and no name has more than {_MAX_NAME}")
     return text
@@ -245,8 +286,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _list(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _platform(text: str) -> str:
+    # The daemon knows which platforms there are; this finds what it would not understand.
+    if not all(text.split("/")) or not 2 <= len(text.split("/")) <= 3:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a platform such as linux/amd64 or linux/arm/v7")
+    return text
+
+
+def _platforms(text: str) -> list[str]:
+    platforms = text.split(",")
+    if "all" in platforms:
+        if len(platforms) > 1:
+            raise argparse.ArgumentTypeError("all includes every other platform, so name it alone")
+        return platforms
+    return [_platform(platform) for platform in platforms]
 
 
 def _duration(text: str) -> float:

@@ -78,10 +78,19 @@ class ControlClient:
         """Send a request and yield the JSON objects of the response as they arrive. Raise `CommandError`."""
         patience = self._patience or (_LINE_TIMEOUT if method == "GET" else _WORK_TIMEOUT)
         response = self._request(method, target, body, patience)
-        while line := _read(response.readline, _MAX_LINE + 1, patience):
-            if len(line) > _MAX_LINE:
+        # Not `readline`, which takes 50 µs for a line of a chunked response: half a second for 10,000 of them.
+        pieces: list[bytes] = []
+        while part := _read(response.read1, _PART, patience):
+            *lines, rest = part.split(b"\n")
+            if lines:
+                lines[0] = b"".join((*pieces, lines[0]))
+                pieces.clear()
+            pieces.append(rest)
+            if sum(map(len, pieces)) > _MAX_LINE:
                 raise CommandError(FAILED, NOT_OURS)
-            yield _parse_event(line)
+            yield from map(_parse_event, lines)
+        if last := b"".join(pieces):
+            yield _parse_event(last)
 
     def _request(self, method: str, target: str, body: Any, patience: float) -> http.client.HTTPResponse:
         connection = self._connect(patience)

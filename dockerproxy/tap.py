@@ -190,8 +190,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
+    stores = store_views(settings, state)
     sources = OverviewSources(idle_age=tombstones.get_last_idle, problems=partial(describe_outages, registry_states))
-    overview = build_overview(reactor, settings, state, server, shared, history, pull_history, sources)
+    overview = build_overview(reactor, settings, stores, state, server, shared, history, pull_history, sources)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     if server.fleet is not None:
         server.fleet.prefer_owned(cache_space.index, time.time)
@@ -199,7 +200,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
-    sources.budget, sources.is_pinned = pulls.budget, pulls.is_pinned
+    sources.budget, sources.pinned = pulls.budget, pulls.pinned_references
     operation_history = OperationHistory(state.open_records())
     doctor = Doctor(
         build_doctor_sources(
@@ -212,6 +213,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             listener_service,
             workers.supervisor,
             tombstones,
+            logins,
         ),
         doctor_settings(configuration, configuration, state.warnings),
     )
@@ -236,7 +238,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
-    resolver = ImageResolver(store_views(settings, state), frozenset(settings.registry_hostname))
+    resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     deleter = Deleter(
         reactor,
         server.registry_disk,
@@ -509,6 +511,7 @@ def build_doctor_sources(
     listener_service: ListenerService,
     supervisor: WorkerSupervisor,
     tombstones: Tombstones,
+    logins: LocalLoginProvider,
 ) -> DoctorSources:
     """Return the parts of the daemon that the doctor's checks read."""
     records = server.state.open_records()
@@ -535,6 +538,8 @@ def build_doctor_sources(
         idle_age=tombstones.get_last_idle,
         fleet=lambda: {} if server.fleet is None else server.fleet.members.states(),
         refusing_clients=shared_state.refusing_clients.last_refusals,
+        repositories=server.state.cache.repositories,
+        helpers=logins.report,
         maintenance=operation_history.last_runs,
         open_ports=lambda: listener_service.open_ports,
         process_ids=lambda: [os.getpid(), *supervisor.process_ids],
@@ -702,7 +707,7 @@ def build_control_socket(
 
 def log_ready(status: str) -> None:
     """Log that the daemon serves, with its version and the text that `systemctl status` shows, too."""
-    log.info("docker-registry-proxy {version} is ready, {status}", version=__version__, status=status)
+    log.info("docker-registry-proxy {version} is ready: {status}", version=__version__, status=status)
 
 
 def log_configuration(settings: Settings, state: StateDirectory, authority: CertificateAuthority) -> None:
@@ -715,7 +720,7 @@ def log_configuration(settings: Settings, state: StateDirectory, authority: Cert
     )  # fmt: skip
     if state.registry_file_system is not None:
         log.info(
-            "REGISTRY_DIR is on {type}, which may hang: the hosted registry has threads of its own for it",
+            "REGISTRY_DIR is on {type}, which may hang, so only the hosted registry waits for it",
             type=state.registry_file_system,
         )
-    log.info("the CA certificate's SHA-256 is {fingerprint}", fingerprint=authority.fingerprint)
+    log.info("the SHA-256 of the CA certificate is {fingerprint}", fingerprint=authority.fingerprint)

@@ -494,7 +494,7 @@ def test_status(daemon: DaemonProcess) -> None:
     fingerprint = result["ca"]["sha256"]
     assert re.fullmatch(r"([0-9A-F]{2}:){31}[0-9A-F]{2}", fingerprint)
     assert f"SHA-256 of the CA certificate: {fingerprint}\n" in daemon.run("status")
-    assert f"the CA certificate's SHA-256 is {fingerprint}\n" in daemon.log
+    assert f"the SHA-256 of the CA certificate is {fingerprint}\n" in daemon.log
 
 
 def test_top(daemon: DaemonProcess) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -46,7 +47,8 @@ def answer(server: socket.socket, content: bytes) -> None:
         connection, _ = server.accept()
         with connection:
             connection.recv(10_000)
-            connection.sendall(content)
+            with contextlib.suppress(BrokenPipeError):  # the client has given up
+                connection.sendall(content)
 
     threading.Thread(target=run, daemon=True).start()
 
@@ -172,6 +174,29 @@ def test_a_silent_stream_is_given_up(server: socket.socket, monkeypatch: pytest.
     with pytest.raises(CommandError, match="has sent nothing for"):
         next(events)
     done.set()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 100_000])
+@pytest.mark.parametrize("chunked", [False, True], ids=["until-close", "chunked"])
+def test_events_may_arrive_in_any_pieces(server: socket.socket, size: int, chunked: bool) -> None:
+    events = [{"event": "repository", "name": "n" * (number % 300), "number": number} for number in range(300)]
+    content = b"".join(json.dumps(event).encode() + b"\n" for event in events).removesuffix(b"\n")
+    pieces = [content[start : start + size] for start in range(0, len(content), size)]
+    if chunked:
+        body = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        answer(server, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+    else:
+        answer(server, b"HTTP/1.1 200 OK\r\n\r\n" + content)
+    assert list(ControlClient(None).stream_events("GET", "/")) == events
+
+
+def test_an_endless_line_is_given_up(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_client, "_MAX_LINE", 100_000)
+    answer(server, b"HTTP/1.1 200 OK\r\n\r\n" + b'{"event": "x"}\n' + b"[" * 400_000)
+    events = ControlClient(None).stream_events("GET", "/")
+    assert next(events) == {"event": "x"}
+    with pytest.raises(CommandError, match="is not docker-registry-proxy"):
+        next(events)
 
 
 def test_a_full_backlog_is_given_up(server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from dockerproxy.daemon.exposition import damaged_gauge, measured_gauges, rate_limit_gauges, render
+from dockerproxy.daemon.exposition import damaged_gauge, measured_gauges, operation_gauge, rate_limit_gauges, render
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.daemon.processes import ProcessUsage
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Variables of Grafana, with values that Prometheus's parser accepts.
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
+
+DISK = os.statvfs("/")
 VARIABLES = {"$instance": ".*", "$__rate_interval": "5m"}
 
 needs_promtool = pytest.mark.skipif(
@@ -27,8 +32,8 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-def exposition() -> bytes:
-    """Return an exposition with every metric."""
+def exposition(accept: str = "") -> bytes:
+    """Return an exposition with every metric, in the format that `accept` names."""
     metrics = Metrics.make(1, ["quay.io"])
     metrics.count_request("quay.io", "blob", "HIT", 200, 1, 0.1)
     metrics.count_upstream("quay.io", "blob", "GET", 200, 0.1)
@@ -40,11 +45,12 @@ def exposition() -> bytes:
     }
     limit: dict[str, float | None] = {"limit": 1, "remaining": 1, "window": 1, "refused_until": 1}
     gauges = (
-        *measured_gauges("1", values, {"cached": os.statvfs("/"), "hosted": os.statvfs("/")}),
-        *rate_limit_gauges({"quay.io": limit}),
+        *measured_gauges("1", values, {"cached": DISK, "hosted": DISK}),
+        *rate_limit_gauges({("quay.io", "anonymous"): limit}),
         damaged_gauge({"hosted": 0}),
+        operation_gauge({"gc": 1.0, "check of the cache": 2.0}),
     )
-    return render(metrics, gauges, "", ProcessUsage(1, 1, 1, 1), 1.0)[1]
+    return render(metrics, gauges, accept, ProcessUsage(1, 1, 1, 1), 1.0)[1]
 
 
 def expressions() -> Iterator[str]:
@@ -94,6 +100,25 @@ def test_every_panel_has_a_place_and_a_title() -> None:
 def test_promtool_accepts_the_examples(command: list[str]) -> None:
     result = subprocess.run(["promtool", *command], cwd=EXAMPLES, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_both_formats_have_the_same_metrics() -> None:
+    """OpenMetrics by the strict parser of its reference implementation; promtool reads the other format only."""
+    text = {(family.name, family.type): family for family in parse_text(exposition().decode())}
+    strict = {(family.name, family.type): family for family in parse_openmetrics(exposition(OPENMETRICS).decode())}
+    assert text.keys() == strict.keys()
+    assert len(strict) > 30
+    for key, family in strict.items():
+        assert family.documentation == text[key].documentation
+        assert {sample[:3] for sample in map(_sample, family.samples)} == {
+            sample[:3] for sample in map(_sample, text[key].samples)
+        }
+
+
+def _sample(sample: Any) -> tuple[str, frozenset[tuple[str, str]], float]:
+    # The bounds of buckets are written 1 and 1.0.
+    labels = {name: str(float(value)) if name == "le" else value for name, value in sample.labels.items()}
+    return sample.name, frozenset(labels.items()), sample.value
 
 
 @needs_promtool

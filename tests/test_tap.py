@@ -319,7 +319,7 @@ def test_startup_log(start: Any, tmp_path: Path) -> None:
     daemon.port("PROXY_LISTEN")
     daemon.port("REGISTRY_LISTEN")
     daemon.wait_for(
-        rf"docker-registry-proxy {dockerproxy.__version__} is ready, serving registry-1\.docker\.io, quay\.io"
+        rf"docker-registry-proxy {dockerproxy.__version__} is ready: serving registry-1\.docker\.io, quay\.io"
     )
     text = daemon.log_text
     for expected in (
@@ -366,7 +366,7 @@ def test_requests_are_served_and_logged(start: Any, tmp_path: Path) -> None:
     error_response = exchange(port, b"CONNECT user:secret@quay.io:443 HTTP/1.1\r\nHost: x\r\n\r\n")
     assert error_response.startswith(b"HTTP/1.1 400 ")
     plain = error_response.partition(b"\r\n\r\n")[2]
-    daemon.wait_for(r"\[dockerproxy\.access#info\] 127\.0\.0\.1 GET proxy\.example/healthz 200 3 0\.\d{3} -\n")
+    daemon.wait_for(r"\[dockerproxy\.access#info\] 127\.0\.0\.1 GET proxy\.example/healthz 200 3 0\.\d{3} - - \"-\"\n")
     daemon.wait_for(r"CONNECT \S* ?400 ")
     assert "secret" not in daemon.log_text
     daemon.wait_for(r"GET proxy\.example/ca\.crt 200 ")
@@ -460,7 +460,7 @@ def test_sigterm_lets_transfers_finish(start: Any, tunnel_target: TunnelTarget, 
             upstream.close()
             assert read_all(client) == b"one half, and the other"
     assert daemon.wait_exit() in (0, -signal.SIGTERM)
-    assert re.search(rf"CONNECT 127\.0\.0\.1:{tunnel_target.port} 200 23 [\d.]+ PASS\n", daemon.log_text)
+    assert re.search(rf"CONNECT 127\.0\.0\.1:{tunnel_target.port} 200 23 [\d.]+ PASS - \"-\"\n", daemon.log_text)
 
 
 @pytest.mark.parametrize("second_signal", [signal.SIGTERM, signal.SIGINT])

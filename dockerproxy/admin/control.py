@@ -158,8 +158,9 @@ class Control:
         except RegistryError as error:
             response.send_error(error.status, error.code, error.message)
         except OSError as error:
-            log.failure("control request {path} failed with a disk error", path=request.path)
-            response.send_error(500, "DISK", f"{error.filename or 'the disk'}: {error.strerror}")
+            reason = f"{error.filename or 'the disk'}: {error.strerror or error}"
+            log.error("control request {path} failed: {reason}", path=request.path, reason=reason)
+            response.send_error(500, "DISK", reason)
         except (ClientDisconnected, CancelledError):
             raise
         except Exception:
@@ -253,8 +254,7 @@ class Control:
                 return list(islice(rows, _ROWS_AT_ONCE))
 
             while batch := await self._in_thread(store.kind, read_some):
-                for row in batch:
-                    response.send(event, **row, **more(row))
+                response.send_all(event, [{**row, **more(row)} for row in batch])
                 await response.drain()
 
         kind = query.get("where")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageRef, StoreView
@@ -13,7 +14,6 @@ from dockerproxy.oci.docker_hub import short_name
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.needs import find_needs, read_references
-from dockerproxy.store.platforms import manifest_platforms
 from dockerproxy.store.references import References
 from dockerproxy.store.tree_reader import read_small
 
@@ -56,7 +56,7 @@ def _platforms(store: StoreView, repository: str, manifests: Iterable[Digest]) -
     platforms = {
         platform
         for digest in manifests
-        for platform in manifest_platforms(store.layout, digest, store.links.manifest_media_type(repository, digest))
+        for platform in store.platforms.read(digest, partial(store.links.manifest_media_type, repository, digest))
     }
     return sorted(platforms)
 
@@ -107,7 +107,7 @@ def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str
         "needed_by": needed_by,
         "digest": str(digest),
         "media_type": media_type or _media_type_in_content(store, digest),
-        "platforms": list(manifest_platforms(store.layout, digest, media_type)),
+        "platforms": list(store.platforms.read(digest, lambda: media_type)),
         "size": sum(usage.sizes.values()),
         "last_used": last_used,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import define, evolve, frozen
 
-from dockerproxy.admin.images import MAX_SHOWN_MANIFEST
+from dockerproxy.admin.repository_view import MAX_SHOWN_MANIFEST
 from dockerproxy.admin.resolver import StoreView
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.manifests import is_public_entry

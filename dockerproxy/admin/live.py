@@ -277,7 +277,10 @@ class LiveFeed:
                     "traffic": traffic,
                     "cache": self._cache,
                 }
-                events[sight] = self._encode(difference(old_states.get(sight), self._states[sight]))
+                event = difference(old_states.get(sight), self._states[sight])
+                if completed := list(filter(self._board.is_complete, event.get("ended", ()))):
+                    event["completed"] = completed
+                events[sight] = self._encode(event)
             if stream.is_new:
                 self._send_state(stream)
             else:

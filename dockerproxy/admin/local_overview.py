@@ -14,9 +14,17 @@ from twisted.logger import Logger
 from dockerproxy.admin.images import TAGS_PER_PAGE, ImageReader, parse_digest
 from dockerproxy.admin.layer_places import LayerPlaces
 from dockerproxy.admin.overview import Document, OverviewSources, error_answer
+from dockerproxy.admin.repository_view import RepositoryView
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.shown_transfers import blob_transfers
-from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery, parse_number
+from dockerproxy.admin.summary import (
+    RepositorySummary,
+    ShownRepository,
+    Summaries,
+    SummaryQuery,
+    parse_choice,
+    parse_number,
+)
 from dockerproxy.admin.viewer import Viewer, label_of
 from dockerproxy.cache.access import public_may_read
 from dockerproxy.cache.board import Board
@@ -71,7 +79,7 @@ class LocalOverview:
         self._board = board
         self._history = history
         self._summaries = summaries
-        summaries.is_pinned = lambda key: self.sources.is_pinned(key, None)
+        summaries.pinned = lambda key: self.sources.pinned(key)
         self._stores = {store.kind: store for store in stores}
         self._records = records
         self._places = LayerPlaces(reactor, self._stores[CACHED], records, reactor.seconds)
@@ -269,7 +277,7 @@ class LocalOverview:
             "count": page.count,
             "bytes": page.size,
             "complete": self._summaries.is_complete,
-            "images": [self._show_repository(row) for row in page.rows],
+            "images": [self._show_repository(shown) for shown in page.rows],
         }
 
     def renew_soon(self) -> None:
@@ -289,14 +297,15 @@ class LocalOverview:
         self._next_renewal = ended + max(_RENEW_INTERVAL, (ended - started) * _RENEW_PART)
 
     async def _image(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
-        row = await self._find(viewer, arguments)
+        shown = await self._find(viewer, arguments)
+        row = shown.row
         number = parse_number(arguments, "page", 1, 1_000_000)
-        reader = ImageReader(self._stores[row.where], row.key, self._records, viewer)
-        page = await self._in_store(row.where, reader.tags, number)
+        page = await self._in_store(row.where, self._reader(viewer, row).tags, number)
+        pinned = self.sources.pinned(row.key) if row.where == CACHED else ()
         for tag in page.tags:
-            tag["pinned"] = row.where == CACHED and self.sources.is_pinned(row.key, tag["tag"])
+            tag["pinned"] = tag["tag"] in pinned
         return {
-            "image": self._show_repository(row),
+            "image": self._show_repository(shown),
             "page": number,
             "pages": max(1, -(-page.count // TAGS_PER_PAGE)),
             "count": page.count,
@@ -304,19 +313,21 @@ class LocalOverview:
         }
 
     async def _manifest(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
-        row = await self._find(viewer, arguments)
-        reader = ImageReader(self._stores[row.where], row.key, self._records, viewer)
+        row = (await self._find(viewer, arguments)).row
         digest = parse_digest(arguments.get("digest", ""))
-        document: Document = await self._in_store(row.where, reader.manifest, digest)
+        document: Document = await self._in_store(row.where, self._reader(viewer, row).manifest, digest)
         return document
 
-    async def _find(self, viewer: Viewer, arguments: Mapping[str, str]) -> RepositorySummary:
-        name, where = arguments.get("name", ""), arguments.get("where", "")
-        row = await self._summaries.find(viewer, name, where)
-        if row is None:
+    def _reader(self, viewer: Viewer, row: RepositorySummary) -> ImageReader:
+        return ImageReader(RepositoryView.of(viewer, self._stores[row.where], row.key, self._records))
+
+    async def _find(self, viewer: Viewer, arguments: Mapping[str, str]) -> ShownRepository:
+        name, where = arguments.get("name", ""), parse_choice(arguments, "where", ("", HOSTED, CACHED), "")
+        shown = await self._summaries.find(viewer, name, where)
+        if shown is None:
             # The same for one that the viewer may not see, so that nobody can find out which exist.
             raise NameUnknown(f"there is no repository {name[:300]!r} here, or it is not public")
-        return row
+        return shown
 
     async def _in_store(self, where: str, function: Callable[..., Any], argument: object) -> Any:
         """Return the result of `function`, which reads a store. The cache does not wait for REGISTRY_DIR."""
@@ -324,19 +335,20 @@ class LocalOverview:
             return await self._registry_disk.read(function, argument)  # it ends if the file system does not answer
         return await in_thread(self._reactor, function, argument)
 
-    def _show_repository(self, row: RepositorySummary) -> Document:
+    def _show_repository(self, shown: ShownRepository) -> Document:
+        row, figures = shown.row, shown.figures
         registry = label_of(row.key, self._metrics.registries) if row.where == CACHED else HOSTED
         return {
             "name": row.name,
             "where": row.where,
             "registry": registry,
-            "tags": row.tags,
-            "manifests": row.manifests,
-            "size": row.size,
-            "platforms": list(row.platforms),
-            "last_used": row.last_used,
-            "pulls": self._summaries.pulls(row),
-            "pinned": row.where == CACHED and self.sources.is_pinned(row.key, None),
+            "tags": figures.tags,
+            "manifests": figures.manifests,
+            "size": figures.size,
+            "platforms": list(figures.platforms),
+            "last_used": figures.last_used,
+            "pulls": shown.pulls,
+            "pinned": shown.is_pinned,
             "private": row.where == CACHED and not row.is_public,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dockerproxy.http.request import Request
@@ -22,6 +22,11 @@ class NDJSONResponse:
         """Send one line, an event with `fields`."""
         self._start()
         self._request.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+
+    def send_all(self, event: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Send a line for each of `rows`, the fields of an event, in one piece."""
+        self._start()
+        self._request.write(b"".join(json.dumps({"event": event, **fields}).encode() + b"\n" for fields in rows))
 
     async def drain(self) -> None:
         """Wait until the output buffer has drained. Raise `ClientDisconnected`."""

@@ -54,12 +54,21 @@ class OperationHistory:
         if name == "check" and not options.get("links", True):
             name = "check of the cache"
         if name in _REMEMBERED and not options.get("dry_run", False):
-            try_put(self._records, {"at": at, "problems": problems}, _RECORD, name)
+            record: dict[str, Any] = {"at": at, "problems": problems}
+            well_at = at if not problems else self.last_successes().get(name)
+            if well_at is not None:
+                record["well_at"] = well_at
+            try_put(self._records, record, _RECORD, name)
 
     def last_runs(self) -> dict[str, Mapping[str, Any]]:
         """Return when each was last run, and its problems, by its name. Blocks."""
         records = {name: self._records.get(_RECORD, name) for name in _REMEMBERED}
         return {name: record for name, record in records.items() if record is not None and _is_run(record)}
+
+    def last_successes(self) -> dict[str, float]:
+        """Return when each last ended without a problem (POSIX time), by its name. Blocks."""
+        ends = {name: record.get("well_at") for name, record in self.last_runs().items()}
+        return {name: float(at) for name, at in ends.items() if isinstance(at, int | float)}
 
 
 def _is_run(record: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ The main process answers (`admin.local_overview`). All processes ask it by `Over
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from attrs import define, frozen
@@ -71,7 +71,7 @@ class OverviewSources:
     `status` and `budget` are those of the command. `fleet` returns the states of members; see `Members.states`.
     `idle_age` returns the seconds for which what last left the cache to make room had not been used. `notices` returns
     sentences about what is wrong: ``level``, ``registry`` and ``text``; and `problems` one for each registry that does
-    not work, by its label.
+    not work, by its label. `pinned` returns the tags and digests of a cached repository that are pinned, in any thread.
     """
 
     status: Callable[[], Awaitable[Document]] = _no_document
@@ -80,4 +80,4 @@ class OverviewSources:
     idle_age: Callable[[], float | None] = lambda: None
     notices: Callable[[Viewer], Awaitable[Sequence[Document]]] = _no_notices
     problems: Callable[[], Mapping[str, str]] = dict
-    is_pinned: Callable[[str, str | None], bool] = lambda repository, tag: False
+    pinned: Callable[[str], Collection[str]] = lambda repository: ()

@@ -8,7 +8,7 @@ The rate limits of registries and the pins are known without them:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,10 @@ class PullDesk(Service):
     def is_pinned(self, key: str, name: str | None = None) -> bool:
         """Return whether the tag or digest `name` of the repository `key`, or anything of it, is pinned."""
         return self._pins.is_pinned(key, name)
+
+    def pinned_references(self, key: str) -> Sequence[str]:
+        """Return the tags and digests of the repository `key` that are pinned. May be called in any thread."""
+        return self._pins.references(key)
 
     def count_pins(self) -> tuple[int, int, int]:
         """Return how many pins are here as a whole, how many are not, and the bytes of all. Blocks."""

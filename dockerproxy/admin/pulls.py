@@ -36,7 +36,6 @@ from dockerproxy.errors import (
     NameUnknown,
     RegistryError,
     ServiceOverloaded,
-    StorageFailed,
     UpstreamRefused,
 )
 from dockerproxy.http.request import Request
@@ -45,6 +44,7 @@ from dockerproxy.oci.image_names import ImageName
 from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.disk_errors import disk_error
 from dockerproxy.store.layout import Layout
 
 MAX_PULLS = 2000
@@ -217,14 +217,19 @@ class PullService:
             log.error("{problem}; the other lines count", problem=problem)
         for pin in self._pins:
             if pin.in_file and pin.image not in listed:
-                await self._leave_file(pin)
+                try:
+                    await self._leave_file(pin)
+                except RegistryError as error:
+                    log.error("{image} stays pinned: {reason}", image=str(pin.image), reason=error.message)
         for image, platforms in listed.items():
             changes: dict[str, Any] = {"platforms": platforms} if platforms else {}
             try:
                 await self._pins.set(image, in_file=True, **changes)
-            except Denied as error:
-                self._problems += (f"PIN_FILE: {error.message}",)
-                log.error("{problem}", problem=self._problems[-1])
+            except RegistryError as error:
+                problem = f"PIN_FILE: {error.message}"
+                if problem not in self._problems:  # a full disk is the same for all of them
+                    self._problems += (problem,)
+                    log.error("{problem}", problem=problem)
 
     async def _leave_file(self, pin: Pin) -> None:
         if pin.by_command:
@@ -235,13 +240,10 @@ class PullService:
 
     async def fetch_new_pins(self) -> None:
         """Read PIN_FILE, and fetch what was pinned and has not been fetched yet."""
-        try:
-            await self._read_pin_file()
-        except OSError as error:
-            log.error("PIN_FILE is not applied: {path}: {reason}", path=error.filename, reason=error.strerror)
+        await self._read_pin_file()
         for order in await self._orders_of([pin for pin in self._pins if not pin.contents]):
-            if order.pull is not None:
-                self._begin(order.pull)
+            if order.pull is not None and self._begin_or_fail(order.pull).state is PullState.FAILED:
+                log.error("{image} is not pulled: {problem}", image=order.name, problem=order.pull.message)
 
     async def _orders_of(self, pins: Iterable[Pin]) -> list[_Order]:
         """Return the pulls of `pins`. Note the problem of a pin that cannot be pulled, such as that of REGISTRIES."""
@@ -250,7 +252,8 @@ class PullService:
             order = self._order(str(pin.image), _request_of(pin))
             if order.problem and order.problem != pin.error:
                 log.error("{image} is not pulled: {problem}", image=order.name, problem=order.problem)
-                await self._pins.update(pin.image, error=order.problem)
+                with suppress(RegistryError):  # the log has it
+                    await self._pins.update(pin.image, error=order.problem)
             orders.append(order)
         return orders
 
@@ -268,12 +271,20 @@ class PullService:
         if other is not None or pull.is_over:
             return other or pull
         if len(self._active) >= MAX_PULLS:
-            message = f"{MAX_PULLS} images are being pulled; try again later"
+            message = f"{len(self._active)} images are being pulled or wait, the most that may; try again later"
             raise ServiceOverloaded(message, headers=[("Retry-After", "60")])
         self._active[pull.request] = pull
         self._running[pull.request] = running = spawn(self._run(pull), f"pulling {pull.request.image}")
         running.addBoth(lambda _: self._end(pull))
         return pull
+
+    def _begin_or_fail(self, pull: ImagePull) -> ImagePull:
+        """Start a pull like `_begin`. If there is no room for it, it has failed."""
+        try:
+            return self._begin(pull)
+        except ServiceOverloaded as error:
+            pull.message, pull.state = error.message, PullState.FAILED
+            return pull
 
     def _end(self, pull: ImagePull) -> None:
         del self._active[pull.request]
@@ -289,7 +300,7 @@ class PullService:
         except RegistryError as error:
             await self._fail(pull, error)
         except OSError as error:
-            await self._fail(pull, StorageFailed(f"{error.filename or 'the disk'}: {error.strerror}"))
+            await self._fail(pull, disk_error("CACHE_DIR", error))
         except CancelledError:
             pull.message = pull.message or "the daemon stops; pull it again to go on"
         finally:
@@ -332,7 +343,7 @@ class PullService:
         pin = self._pin_of(pull)
         if pin is None:
             return
-        with suppress(RegistryError, OSError):
+        with suppress(RegistryError):
             if not pin.contents and not pin.in_file and isinstance(error, Denied | UpstreamRefused | NameInvalid):
                 await self._pins.remove(pin.image)  # the command has said why, and it will not succeed later
             else:
@@ -435,11 +446,11 @@ class PullService:
             if order.problem:
                 response.send("image", **_failed_row(order))
         pulls = [order.pull for order in orders if order.pull is not None]
-        await self._resolve([pull for pull in pulls if pull.digest is None and not pull.is_over])
-        response.send("plan", **await self._plan(pulls))
+        await self._resolve([pull for pull in pulls if pull.digest is None and not pull.is_over], dry_run=dry_run)
+        response.send("plan", **await self._plan(pulls, dry_run=dry_run))
         await response.drain()
         if not dry_run:
-            pulls = [self._begin(pull) for pull in pulls]
+            pulls = [self._begin_or_fail(pull) for pull in pulls]
         if not dry_run and not detach:
             async for rows in self._changes(pulls):
                 for row in rows:
@@ -456,17 +467,19 @@ class PullService:
             bytes=sum(sum(pull.contents.values()) for pull in pulls if pull.state is PullState.DONE),
         )
 
-    async def _resolve(self, pulls: Sequence[ImagePull]) -> None:
-        await DeferredList([Deferred.fromCoroutine(self._try_resolve(pull)) for pull in pulls])
+    async def _resolve(self, pulls: Sequence[ImagePull], *, dry_run: bool) -> None:
+        await DeferredList([Deferred.fromCoroutine(self._try_resolve(pull, dry_run=dry_run)) for pull in pulls])
 
-    async def _try_resolve(self, pull: ImagePull) -> None:
+    async def _try_resolve(self, pull: ImagePull, *, dry_run: bool) -> None:
         try:
             await self._puller.resolve(pull)
         except RegistryError as error:
-            if error.status != 429:  # the pull waits, and asks again
+            if dry_run:  # it changes no pin
+                pull.message, pull.state = describe_failure(pull, error), PullState.FAILED
+            elif error.status != 429:  # the pull waits, and asks again
                 await self._fail(pull, error)
 
-    async def _plan(self, pulls: Sequence[ImagePull]) -> dict[str, Any]:
+    async def _plan(self, pulls: Sequence[ImagePull], *, dry_run: bool) -> dict[str, Any]:
         size = unknown = 0
         registries: dict[str, dict[str, Any]] = {}
         for pull in pulls:
@@ -474,7 +487,10 @@ class PullService:
                 continue
             try:
                 estimate = await self._puller.estimate(pull)
-            except RegistryError:  # the pull will say why
+            except RegistryError as error:  # the pull will say why, if there is one
+                if dry_run:
+                    pull.message, pull.state = describe_failure(pull, error), PullState.FAILED
+                    continue
                 estimate = Estimate(0, None)
             size += estimate.size or 0
             unknown += estimate.size is None

@@ -14,6 +14,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
+from dockerproxy.store.platforms import PlatformReader
 
 HOSTED, CACHED = "hosted", "cached"
 
@@ -42,6 +43,7 @@ class StoreView:
     layout: Layout
     blobs: Blobs = field(init=False)
     links: Links = field(init=False)
+    platforms: PlatformReader = field(init=False)
 
     @blobs.default
     def _blobs(self) -> Blobs:
@@ -50,6 +52,10 @@ class StoreView:
     @links.default
     def _links(self) -> Links:
         return Links(self.layout, durable=False)
+
+    @platforms.default
+    def _platforms(self) -> PlatformReader:
+        return PlatformReader(self.layout)
 
     def shown(self, repository: str) -> str:
         """Return the name of `repository` as people write it."""

@@ -100,11 +100,22 @@ update_trust_store() {
     fi
 }
 
+# Runs the command after the first argument for at most so many seconds, if there is a program for that. (The option -T of
+# busybox's wget crashes some versions of it.)
+limited() {
+    if timeout 1 cat </dev/null >/dev/null 2>&1; then
+        timeout "$@"
+    else
+        shift
+        "$@"
+    fi
+}
+
 fetch() {
     if has curl; then
         curl -fsSg --max-time 30 -o "$2" "$1"
     elif has wget; then
-        wget -q -T 30 -O "$2" "$1"
+        limited 30 wget -q -O "$2" "$1"
     else
         fail 'neither curl nor wget is installed'
     fi
@@ -401,7 +412,8 @@ set_up_hint="run the set-up script: curl -fsS ${proxy}setup | sudo sh"
 
 # Sets $bundle to the file with all certificates that programs on this host trust.
 find_bundle() {
-    for bundle in /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/certs/ca-certificates.crt /etc/ssl/cert.pem; do
+    for bundle in /etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem /etc/pki/tls/certs/ca-bundle.crt \
+        /etc/ssl/certs/ca-certificates.crt /etc/ssl/cert.pem; do
         [ ! -r "$bundle" ] || return 0
     done
     bundle=
@@ -441,24 +453,25 @@ is_this_proxy() {
     esac
 }
 
-# Prints the registry that a value of NO_PROXY excludes from the proxy, if it excludes one. As in Go: `*` is every host, a
-# name stands for itself and all names below it, and a name with a dot before it for those below it.
-excluded_registry() {
+# Prints the one of the hosts in the first argument that a value of NO_PROXY excludes from the proxy, if it excludes one.
+# As in Go: `*` is every host, a name stands for itself and all names below it, and a name with a dot before it for those
+# below it.
+excluded_host() {
     set -f
-    for entry in $(printf '%s' "$1" | tr ',' ' '); do
+    for entry in $(printf '%s' "$2" | tr ',' ' '); do
         case "$entry" in
             *:443) name=${entry%:443} ;;
             *:*) continue ;; # an address of IPv6, or another port
             *) name=$entry ;;
         esac
-        for registry in $registries; do
+        for host in $1; do
             case "$name" in
-                '*') printf '%s' "$registry" && return ;;
+                '*') printf '%s' "$host" && return ;;
                 '*.'* | .*) below=${name#\*} && itself=- ;;
                 *) below=.$name && itself=$name ;;
             esac
-            case "$registry" in
-                "$itself" | *"$below") printf '%s' "$registry" && return ;;
+            case "$host" in
+                "$itself" | *"$below") printf '%s' "$host" && return ;;
             esac
         done
     done
@@ -469,9 +482,13 @@ excluded_registry() {
 check_settings() {
     if [ -z "$2" ]; then fail "$1 does not use the proxy: it has no HTTPS_PROXY; $4"; fi
     is_this_proxy "$2" || fail "$1 uses another proxy, $2; $4"
-    excluded=$(excluded_registry "$3")
+    excluded=$(excluded_host "$registries" "$3")
     if [ -n "$excluded" ]; then
         fail "NO_PROXY of $1 is too wide: $excluded is reached without the proxy ($3); remove that entry, then $4"
+    fi
+    if [ -n "$(excluded_host "$hosted" "$3")" ]; then
+        resolves "$hosted" || fail "$1 reaches $hosted without the proxy ($3), and that name does not resolve on this" \
+            "host; remove that entry of NO_PROXY, then $4"
     fi
     say "$1 uses the proxy."
 }
@@ -551,13 +568,24 @@ check_engine_settings() {
     [ -n "$found" ] || say 'Neither dockerd, containerd, CRI-O nor podman is installed.'
 }
 
+# Succeeds if the host has an address on this host, or if no program here can say it. Alpine may lack getent.
+resolves() {
+    if has getent; then
+        getent hosts "$1" >/dev/null
+    elif has ping; then
+        ping -c 1 -W 1 "$1" 2>/dev/null | grep -q '^PING '
+    fi
+}
+
 # The engines reach the hosted registry through the proxy, which knows its name. Other programs have to resolve it.
 check_name() {
-    if has getent && ! getent hosts "$hosted" >/dev/null; then
+    if ! has getent && ! has ping; then
+        say "Whether $hosted resolves was not checked, because neither getent nor ping is installed."
+    elif resolves "$hosted"; then
+        say "$hosted resolves."
+    else
         say "Note: $hosted does not resolve on this host. Engines reach it through the proxy. Other programs need an entry"
         say "in /etc/hosts, or avahi-daemon and libnss-mdns."
-    elif has getent; then
-        say "$hosted resolves."
     fi
 }
 
@@ -595,7 +623,7 @@ check_pull() {
         fi
     else
         # busybox's wget has neither HEAD nor TLS through a proxy.
-        wget -S -T 60 --header "Accept: $manifest_types" -O "$work/body" "${proxy}v2/$image/manifests/latest" 2>"$work/head" || true
+        limited 60 wget -S --header "Accept: $manifest_types" -O "$work/body" "${proxy}v2/$image/manifests/latest" 2>"$work/head" || true
     fi
     tr -d '\r' <"$work/head" | sed 's/^ *//' >"$work/fields"
     status=$(sed -n 's/^HTTP\/[0-9.]* *//p' "$work/fields" | tail -n 1)

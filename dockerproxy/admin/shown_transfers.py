@@ -9,7 +9,6 @@ from typing import Any
 from attrs import frozen
 
 from dockerproxy.admin.layer_places import UNKNOWN_PLACE, BlobKey, LayerPlace
-from dockerproxy.admin.resolver import CACHED
 from dockerproxy.admin.viewer import Viewer, label_of, private_name
 from dockerproxy.cache.board import BoardRow
 from dockerproxy.oci.docker_hub import shown_name
@@ -53,26 +52,30 @@ class BlobTransfer:
         repository, given its key, and `place_of` the place of a blob.
         """
         label = label_of(self.rows[0].repository, labels)
-        public = {row.repository: is_public(row.repository) for row in self.rows}
-        visible = next((row for row in self.rows if viewer.may_see(CACHED, is_public=public[row.repository])), None)
-        named = None if visible is None else shown_name(visible.repository)
-        # The repository may be public, and this content of it private.
-        shows_digest = viewer.is_admin or (visible is not None and not visible.private)
-        place = UNKNOWN_PLACE
-        if visible is not None:
-            place = place_of((visible.repository, visible.digest)).seen_by(is_admin=viewer.is_admin)
+        # A repository may be public, and this content of it private, unless an image that has it is public.
+        public = [
+            row
+            for row in self.rows
+            if is_public(row.repository) and (not row.private or place_of((row.repository, row.digest)).is_public)
+        ]
+        # The clients of the others are not counted for a viewer that sees some of the rows.
+        rows = self.rows if viewer.is_admin or not public else public
+        named, place = None, UNKNOWN_PLACE
+        if viewer.is_admin or public:
+            named = shown_name(rows[0].repository)
+            place = place_of((rows[0].repository, rows[0].digest)).seen_by(is_admin=viewer.is_admin)
         return {
             "id": self.id,
             "registry": label,
             "repository": named,
             "name": named or private_name(label),
-            "digest": str(self.rows[0].digest) if shows_digest else None,
-            "size": next((row.size for row in self.rows if row.size is not None), None),
+            "digest": None if named is None else str(rows[0].digest),
+            "size": next((row.size for row in rows if row.size is not None), None),
             "done": self.done,
             "rate": rate,
-            "readers": sum(row.readers for row in self.rows),
-            "started": self.rows[0].started,
-            "private": not any(public.values()),
+            "readers": sum(row.readers for row in rows),
+            "started": rows[0].started,
+            "private": not public,
             "tag": place.tag,
             "layer": place.layer,
             "layers": place.layers,

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 from twisted.logger import Logger
 
-from dockerproxy.admin.images import present_platforms
 from dockerproxy.admin.inventory import DiskUsage
+from dockerproxy.admin.repository_view import RepositoryView
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
 from dockerproxy.admin.viewer import Viewer
-from dockerproxy.cache.access import public_may_read
+from dockerproxy.cache.access import DENIAL, public_may_read
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import BadRequest, NameInvalid, RegistryError
 from dockerproxy.oci.docker_hub import stored_name
+from dockerproxy.oci.names import Digest
 from dockerproxy.store.cooperative import CooperativeThread
+from dockerproxy.store.daily_pulls import PullSums
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.records import Records
 
@@ -31,6 +33,7 @@ MAX_REPOSITORIES = 200_000
 """Repositories that the summary has room for, with half a KiB each. Further ones are not listed."""
 
 _READ_AGAIN = 3600.0  # seconds after which a repository is read again though its directories are unchanged
+_READ_MIXED_AGAIN = 60.0  # the same for one with private content: that may have become public
 _MAX_EXAMINED = 40  # tagged manifests of a repository that are read for their platforms
 _MAX_SHOWN_PLATFORMS = 16  # of one row
 _STEPS_AT_ONCE = 50  # of a walk of a disk that may hang
@@ -45,25 +48,41 @@ log = Logger()
 Signature = tuple[int, ...]
 
 
-@define(eq=False)
-class RepositorySummary:
-    """A repository. `where` is ``hosted`` or ``cached``, `key` its name in that store, and `name` as people write it.
+@frozen
+class Figures:
+    """The figures of a repository, or of a part of it.
 
     `size` are the bytes of its contents that are here, each counted once. `last_used` is a POSIX time, None if nothing
-    of it is here. It `is_public` if the public may read it upstream.
+    of it is here.
     """
 
-    where: str
-    key: str
-    name: str
     tags: int = 0
     manifests: int = 0
     size: int = 0
     platforms: tuple[str, ...] = ()
     last_used: float | None = None
+
+
+@define(eq=False)
+class RepositorySummary:
+    """A repository. `where` is ``hosted`` or ``cached``, `key` its name in that store, and `name` as people write it.
+
+    It `is_public` if the public may read it upstream. Some of its content may be private all the same:
+    `public_figures` are those of the rest, the same object as `figures` if that is all.
+    """
+
+    where: str
+    key: str
+    name: str
+    figures: Figures = Figures()
+    public_figures: Figures = Figures()
     is_public: bool = False
     signature: Signature = ()
     read_at: float = 0.0
+
+    def seen_by(self, viewer: Viewer) -> Figures:
+        """Return the figures of what `viewer` may see."""
+        return self.figures if viewer.is_admin else self.public_figures
 
 
 @frozen
@@ -86,23 +105,37 @@ class SummaryQuery:
         words = tuple(dict.fromkeys(text.lower().split()))
         if len(words) > _MAX_WORDS:
             raise BadRequest(f"the search has {len(words)} words; it may have {_MAX_WORDS}")
-        sort = _choice(arguments, "sort", SORT_KEYS, "used")
-        order = _choice(arguments, "order", ("asc", "desc"), "asc" if sort == "name" else "desc")
-        where = _choice(arguments, "where", ("", HOSTED, CACHED, "pinned"), "")
+        sort = parse_choice(arguments, "sort", SORT_KEYS, "used")
+        order = parse_choice(arguments, "order", ("asc", "desc"), "asc" if sort == "name" else "desc")
+        where = parse_choice(arguments, "where", ("", HOSTED, CACHED, "pinned"), "")
         page, per_page = parse_number(arguments, "page", 1, _MAX_PAGE), parse_number(arguments, "per_page", 50, 100)
         return cls(words, where, sort, order == "desc", page, per_page)
+
+
+@frozen
+class ShownRepository:
+    """A repository as a viewer may see it. `pulls` are those of the last 30 days, None if they are not counted.
+
+    It `is_pinned` if something of it is that the viewer may see.
+    """
+
+    row: RepositorySummary
+    figures: Figures
+    pulls: int | None
+    is_pinned: bool
 
 
 @frozen
 class SummaryPage:
     """A page of a search: its rows, and how many repositories and bytes all pages have."""
 
-    rows: list[RepositorySummary]
+    rows: list[ShownRepository]
     count: int
     size: int
 
 
-def _choice(arguments: Mapping[str, str], name: str, choices: Sequence[str], default: str) -> str:
+def parse_choice(arguments: Mapping[str, str], name: str, choices: Sequence[str], default: str) -> str:
+    """Return the argument `name`, one of `choices`. Raise `BadRequest`."""
     value = arguments.get(name, default)
     if value not in choices:
         raise BadRequest(f"the argument {name} is not one of {', '.join(filter(None, choices))}")
@@ -134,54 +167,102 @@ class RepositoryReader:
                 log.warn("the list of repositories has room for {count}; others are not in it", count=MAX_REPOSITORIES)
                 return
             row = known.get(key)
-            signature = self._signature(key)
-            if row is None or row.signature != signature or not 0 <= self._clock() - row.read_at < _READ_AGAIN:
+            is_public = self.store.kind == CACHED and public_may_read(self._records, key)
+            signature = (is_public, *self._signature(key))
+            if row is None or row.signature != signature or not 0 <= self._clock() - row.read_at < _lifetime(row):
                 row = RepositorySummary(self.store.kind, key, self.store.shown(key))
-                yield from self._read(row)
+                yield from self._read(row, is_public=is_public)
                 row.signature, row.read_at = signature, self._clock()
             else:
-                row.last_used = self._last_used(key) or row.last_used
+                self._renew_times(row)
             # The cache keeps links to blobs that have left, and the hosted store empty directories.
-            if row.size or (self.store.kind == HOSTED and (row.tags or row.manifests)):
-                row.is_public = self.store.kind == CACHED and public_may_read(self._records, key)
+            figures = row.figures
+            if figures.size or (self.store.kind == HOSTED and (figures.tags or figures.manifests)):
+                row.is_public = is_public
                 found[key] = row
             yield None
 
-    def _read(self, row: RepositorySummary) -> Iterator[None]:
-        store, key = self.store, row.key
-        usage = DiskUsage(store)
-        for digest in store.links.manifests(key):
-            usage.add([digest])
-            yield None
-        row.manifests, row.last_used = len(usage.sizes), usage.last_used
-        platforms: dict[str, None] = {}
-        tagged = {}
-        for tag, tagged_digest in store.links.iter_tags(key):
-            row.tags += 1
-            if tagged_digest in usage.sizes:
-                tagged[tagged_digest] = tag
-            if not row.tags % 20:
-                yield None
-        for digest in islice(filter(None, tagged), _MAX_EXAMINED):
-            platforms.update(dict.fromkeys(present_platforms(store, key, digest)))
-            yield None
-        row.platforms = tuple(sorted(platforms))[:_MAX_SHOWN_PLATFORMS]
-        for number, digest in enumerate(store.links.layers(key)):
-            usage.add([digest])
+    def _read(self, row: RepositorySummary, *, is_public: bool) -> Iterator[None]:
+        everything = self._view(row, sees_all=True)
+        row.figures = yield from self._figures(everything)
+        if self.store.kind == HOSTED or (is_public and not (yield from self._has_private(row.key))):
+            row.public_figures = row.figures
+        elif is_public:
+            row.public_figures = yield from self._figures(self._view(row, sees_all=False))
+
+    def _view(self, row: RepositorySummary, *, sees_all: bool) -> RepositoryView:
+        return RepositoryView(self.store, row.key, self._records, sees_all)
+
+    def _has_private(self, key: str) -> Generator[None, None, bool]:
+        """Return whether anything of a cached repository is private: a manifest, a blob, or the name of a tag."""
+        links, public = self.store.links, RepositoryView(self.store, key, self._records, sees_all=False)
+        found: tuple[Iterator[bool], ...] = (
+            (not public.sees_manifest(digest) for digest in links.manifests(key)),
+            (not public.sees_layer(digest) for digest in links.layers(key)),
+            (digest is not None and not public.sees_tag(tag, digest) for tag, digest in links.iter_tags(key)),
+        )
+        for number, is_private in enumerate(chain.from_iterable(found)):
+            if is_private:
+                return True
             if not number % 20:
                 yield None
-        row.size = sum(usage.sizes.values())
-        row.last_used = row.last_used or usage.last_used
+        return False
 
-    def _last_used(self, key: str) -> float | None:
+    def _figures(self, view: RepositoryView) -> Generator[None, None, Figures]:
+        links, key, tags = self.store.links, view.key, 0
         usage = DiskUsage(self.store)
-        usage.add(islice(self.store.links.manifests(key), _MAX_EXAMINED))
-        return usage.last_used
+        for digest in self._seen_manifests(view):
+            usage.add([digest])
+            yield None
+        manifests, last_used = len(usage.sizes), usage.last_used
+        tagged: dict[Digest, None] = {}
+        for number, (tag, tagged_digest) in enumerate(links.iter_tags(key)):
+            if view.sees_all or (tagged_digest is not None and view.sees_tag(tag, tagged_digest)):
+                tags += 1
+                if tagged_digest is not None and tagged_digest in usage.sizes:
+                    tagged[tagged_digest] = None
+            if not number % 20:
+                yield None
+        platforms: set[str] = set()
+        for digest in islice(tagged, _MAX_EXAMINED):
+            platforms.update(view.platforms(digest))
+            yield None
+        for number, digest in enumerate(links.layers(key)):
+            if view.sees_all or view.sees_layer(digest):
+                usage.add([digest])
+            if not number % 20:
+                yield None
+        shown = tuple(sorted(platforms))[:_MAX_SHOWN_PLATFORMS]
+        return Figures(tags, manifests, sum(usage.sizes.values()), shown, last_used or usage.last_used)
+
+    def _seen_manifests(self, view: RepositoryView) -> Iterator[Digest]:
+        manifests = self.store.links.manifests(view.key)
+        return manifests if view.sees_all else filter(view.sees_manifest, manifests)
+
+    def _renew_times(self, row: RepositorySummary) -> None:
+        old, is_all_public = row.figures, row.public_figures is row.figures
+        row.figures = self._with_last_use(old, self._view(row, sees_all=True))
+        if is_all_public:
+            row.public_figures = row.figures
+        elif row.public_figures.size:
+            row.public_figures = self._with_last_use(row.public_figures, self._view(row, sees_all=False))
+
+    def _with_last_use(self, figures: Figures, view: RepositoryView) -> Figures:
+        usage = DiskUsage(self.store)
+        usage.add(islice(self._seen_manifests(view), _MAX_EXAMINED))
+        if usage.last_used in (None, figures.last_used):
+            return figures
+        return evolve(figures, last_used=usage.last_used)
 
     def _signature(self, key: str) -> Signature:
         layout = self.store.layout
         paths = (layout.tags(key), f"{layout.revisions(key)}/sha256", f"{layout.layers(key)}/sha256")
         return tuple(map(_time_of_change, paths))
+
+
+def _lifetime(row: RepositorySummary) -> float:
+    """Return the seconds after which a repository is read again."""
+    return _READ_AGAIN if row.public_figures is row.figures or not row.is_public else _READ_MIXED_AGAIN
 
 
 def _time_of_change(path: str) -> int:
@@ -205,8 +286,7 @@ def _key_of(store: StoreView, name: str) -> str | None:
 class Summaries:
     """The repositories of both stores. `renew` reads them, and everything else is answered from memory.
 
-    `disk` accesses the hosted store, which may be on a file system that hangs: it delays only its own part. `pulls` has
-    the pulls of the last 30 days by `name`, and `is_pinned` says whether a cached repository has a pin, given its key.
+    `disk` accesses the hosted store, which may be on a file system that hangs: it delays only its own part.
     """
 
     def __init__(
@@ -224,14 +304,17 @@ class Summaries:
         self._records = records
         self._thread = thread or CooperativeThread(reactor)
         self._rows: dict[str, dict[str, RepositorySummary]] = {store.kind: {} for store in stores}
-        self._sorted: dict[str, list[RepositorySummary]] = {}  # by the sort key, ascending
+        self._sorted: dict[tuple[str, bool], list[RepositorySummary]] = {}  # ascending; by key, for administrators
+        self._by_file_name: dict[str, RepositorySummary] = {}  # those of the cache, as `Records.changes` names them
+        self._denials: dict[str, int] = {}  # as of the last look at them
         self._running: set[str] = set()
         self._renewed: set[str] = set()  # the stores that were read once
         self._is_in_hosted_store = False  # whether a thread is; it may hang, and another one would do so, too
-        self._pulls: Mapping[str, int] = {}
-        self.load_pulls: Callable[[], Mapping[str, int]] = dict
-        """Returns the pulls of the last 30 days by name. Blocks."""
-        self.is_pinned: Callable[[str], bool] = lambda key: False
+        self._pulls = PullSums()
+        self.load_pulls: Callable[[], PullSums] = PullSums
+        """Returns the pulls of the last 30 days. Blocks."""
+        self.pinned: Callable[[str], Collection[str]] = lambda key: ()
+        """Returns the tags and digests of a cached repository that are pinned, given its key."""
 
     @property
     def is_complete(self) -> bool:
@@ -249,6 +332,7 @@ class Summaries:
             if kind in self._running or (kind == HOSTED and self._is_in_hosted_store):
                 continue
             self._running.add(kind)
+            denials = await in_thread(self._reactor, self._records.changes, DENIAL)
             try:
                 found: dict[str, RepositorySummary] = {}
                 others = sum(len(rows) for other, rows in self._rows.items() if other != kind)
@@ -259,6 +343,9 @@ class Summaries:
                 else:
                     await self._thread.run(steps)
                 self._rows[kind] = found
+                if kind == CACHED:
+                    self._by_file_name = await in_thread(self._reactor, _by_file_name, found)
+                    self._denials = denials  # later ones may have missed the walk
                 self._renewed.add(kind)
                 self._sorted = {}
             except (RegistryError, OSError) as error:
@@ -276,16 +363,26 @@ class Summaries:
         finally:
             self._is_in_hosted_store = False
 
-    def pulls(self, row: RepositorySummary) -> int | None:
-        """Return the pulls of a repository in the last 30 days; None if they are not counted."""
-        name = row.name if row.where == CACHED else f"{HOSTED}/{row.name}"
-        return self._pulls.get(name, 0) if self._pulls else None
+    def _count_pulls(self, row: RepositorySummary, *, sees_all: bool) -> int | None:
+        if not self._pulls.total:
+            return None
+        if row.where == HOSTED:
+            return self._pulls.total.get(f"{HOSTED}/{row.name}", 0)
+        return (self._pulls.total if sees_all else self._pulls.public).get(row.name, 0)
+
+    def _is_pinned(self, viewer: Viewer, row: RepositorySummary) -> bool:
+        names = self.pinned(row.key) if row.where == CACHED else ()
+        if viewer.is_admin or not names:
+            return bool(names)
+        store = next(reader.store for reader in self._readers if reader.store.kind == CACHED)
+        view = RepositoryView.of(viewer, store, row.key, self._records)
+        return any(map(view.sees_reference, names))
 
     async def search(self, viewer: Viewer, query: SummaryQuery) -> SummaryPage:
         """Return a page of the repositories that the viewer may see."""
         return await in_thread(self._reactor, self._search, viewer, query)
 
-    async def find(self, viewer: Viewer, name: str, where: str = "") -> RepositorySummary | None:
+    async def find(self, viewer: Viewer, name: str, where: str = "") -> ShownRepository | None:
         """Return the repository that is called `name`, or None if the viewer may not see it or it does not exist."""
         return await in_thread(self._reactor, self._find, viewer, name, where)
 
@@ -293,7 +390,7 @@ class Summaries:
         """Return how many repositories the viewer may see, and their bytes."""
         return await self.search(viewer, SummaryQuery(per_page=1))
 
-    def _find(self, viewer: Viewer, name: str, where: str) -> RepositorySummary | None:
+    def _find(self, viewer: Viewer, name: str, where: str) -> ShownRepository | None:
         for reader in self._readers:
             kind = reader.store.kind
             if where not in ("", kind):
@@ -307,47 +404,78 @@ class Summaries:
             if row is not None and name in (row.name, row.key):
                 if kind == CACHED and not viewer.is_admin:
                     row.is_public = is_public
-                if viewer.may_see(kind, is_public=row.is_public):
-                    return row
+                if self._is_visible(viewer, row):
+                    return self._show(viewer, row)
         return None
 
+    def _is_visible(self, viewer: Viewer, row: RepositorySummary) -> bool:
+        """Return whether `viewer` may see the repository, and something of it."""
+        if row.where == CACHED and not viewer.is_admin:
+            return row.is_public and row.public_figures.size > 0
+        return viewer.may_see(row.where, is_public=row.is_public)
+
     def _search(self, viewer: Viewer, query: SummaryQuery) -> SummaryPage:
+        if not viewer.is_admin:
+            self._look_up_denied()
         rows = [
             row
-            for row in self._in_order(query.sort)
-            if viewer.may_see(row.where, is_public=row.is_public)
-            and self._is_of(row, query.where)
+            for row in self._in_order(query.sort, sees_all=viewer.is_admin)
+            if self._is_visible(viewer, row)
             and all(word in row.name.lower() for word in query.words)
+            and self._is_of(viewer, row, query.where)
         ]
         if query.descending:
             rows.reverse()
         start = (query.page - 1) * query.per_page
-        # The rows that are shown are looked up: a repository may have become private since the last walk.
-        shown = [row for row in rows[start : start + query.per_page] if self._may_see(viewer, row)]
-        return SummaryPage(shown, len(rows), sum(row.size for row in rows))
+        shown = [self._show(viewer, row) for row in rows[start : start + query.per_page] if self._may_see(viewer, row)]
+        return SummaryPage(shown, len(rows), sum(row.seen_by(viewer).size for row in rows))
+
+    def _show(self, viewer: Viewer, row: RepositorySummary) -> ShownRepository:
+        pulls = self._count_pulls(row, sees_all=viewer.is_admin)
+        return ShownRepository(row, row.seen_by(viewer), pulls, self._is_pinned(viewer, row))
 
     def _may_see(self, viewer: Viewer, row: RepositorySummary) -> bool:
+        """Return whether `viewer` may see the repository by the records of this moment."""
         if row.where == CACHED and not viewer.is_admin:
             row.is_public = public_may_read(self._records, row.key)
-        return viewer.may_see(row.where, is_public=row.is_public)
+        return self._is_visible(viewer, row)
 
-    def _is_of(self, row: RepositorySummary, where: str) -> bool:
-        return where in ("", row.where) or (where == "pinned" and row.where == CACHED and self.is_pinned(row.key))
+    def _look_up_denied(self) -> None:
+        """Look up the repositories that somebody was denied since the last walk, or since this was called before.
 
-    def _in_order(self, sort: str) -> Collection[RepositorySummary]:
+        Otherwise the numbers of a search would include repositories that have become private.
+        """
+        changes = self._records.changes(DENIAL)
+        for name, changed in changes.items():
+            row = self._by_file_name.get(name)
+            if row is not None and row.is_public and self._denials.get(name) != changed:
+                row.is_public = public_may_read(self._records, row.key)
+        self._denials = changes
+
+    def _is_of(self, viewer: Viewer, row: RepositorySummary, where: str) -> bool:
+        return where in ("", row.where) or (where == "pinned" and self._is_pinned(viewer, row))
+
+    def _in_order(self, sort: str, *, sees_all: bool) -> Collection[RepositorySummary]:
         in_order = self._sorted  # `renew` replaces it
-        rows = in_order.get(sort)
+        rows = in_order.get((sort, sees_all))
         if rows is None:
-            rows = sorted((row for by_key in list(self._rows.values()) for row in by_key.values()), key=self._key(sort))
-            in_order[sort] = rows
+            all_rows = (row for by_key in list(self._rows.values()) for row in by_key.values())
+            rows = in_order[sort, sees_all] = sorted(all_rows, key=self._key(sort, sees_all=sees_all))
         return rows
 
-    def _key(self, sort: str) -> Callable[[RepositorySummary], Any]:
+    def _key(self, sort: str, *, sees_all: bool) -> Callable[[RepositorySummary], Any]:
+        def figures(row: RepositorySummary) -> Figures:
+            return row.figures if sees_all else row.public_figures
+
         match sort:
             case "size":
-                return lambda row: (row.size, row.name)
+                return lambda row: (figures(row).size, row.name)
             case "used":
-                return lambda row: (row.last_used or 0.0, row.name)
+                return lambda row: (figures(row).last_used or 0.0, row.name)
             case "pulls":
-                return lambda row: (self.pulls(row) or 0, row.name)
+                return lambda row: (self._count_pulls(row, sees_all=sees_all) or 0, row.name)
         return lambda row: (row.name, row.where)
+
+
+def _by_file_name(rows: Mapping[str, RepositorySummary]) -> dict[str, RepositorySummary]:
+    return {Records.file_name(key): row for key, row in rows.items()}

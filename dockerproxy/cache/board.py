@@ -24,7 +24,8 @@ _ID, _SIZE, _DONE, _READERS, _STARTED, _FLAGS, _TEXT_SIZE, _TEXT = range(8)  # w
 _WORD = 8  # bytes; an aligned 64-bit word is read and written atomically
 _ENTRY_WORDS = 192  # a text of 1,480 bytes; a repository's name has at most 1,024, and a digest 135
 _MAX_TEXT = (_ENTRY_WORDS - _TEXT) * _WORD
-_LAST_ID, _VIEWERS, _USED, _FIRST_ENTRY = 0, 1, 2, 8  # words of a process's part; the third counts entries in use
+_LAST_ID, _VIEWERS, _USED, _COMPLETED = range(4)  # words of a process's part: the third counts entries in use
+_RING, _FIRST_ENTRY = 8, 72  # the identifiers of downloads that were completed last, and the entries
 _PART_WORDS = _FIRST_ENTRY + ENTRIES * _ENTRY_WORDS
 _UNKNOWN = 2**64 - 1  # the size of a blob that upstream has not announced
 _PRIVATE = 1  # a flag
@@ -86,6 +87,15 @@ class Board:
         """The number of views of the board in all processes; see `BoardPart.set_viewers`."""
         return sum(self._words[number * _PART_WORDS + _VIEWERS] for number in range(self._processes))
 
+    def is_complete(self, identifier: str) -> bool:
+        """Return whether the download with this `BoardRow.id`, which is on the board no more, has all of its blob.
+
+        Only the last of each process are known.
+        """
+        number, _, own = identifier.partition("-")
+        first = int(number) * _PART_WORDS
+        return int(own) in self._words[first + _RING : first + _FIRST_ENTRY].tolist()
+
     def _read(self, number: int, start: int, identifier: int) -> BoardRow | None:
         words = self._words[start : start + _TEXT].tolist()
         content = bytes(self._words[start + _TEXT : start + _ENTRY_WORDS])[: words[_TEXT_SIZE]]
@@ -120,6 +130,8 @@ class BoardPart:
         self.set_viewers(0)
         for start in self._entries():
             self._words[start + _ID] = 0
+        for start in range(self._start + _RING, self._start + _FIRST_ENTRY):
+            self._words[start] = 0
 
     def set_viewers(self, count: int) -> None:
         """Set the number of people to which this process shows the board."""
@@ -142,7 +154,7 @@ class BoardPart:
         words[start + _STARTED] = max(0, int(time.time() * 1e6))
         padded = text.ljust(-(-len(text) // _WORD) * _WORD, b"\0")
         words[start + _TEXT : start + _TEXT + len(padded) // _WORD] = memoryview(padded).cast("Q")
-        entry = BoardEntry(words, start)
+        entry = BoardEntry(words, start, self._start)
         entry.update(0, size, 0)
         # Last, because readers take an entry with an identifier for a whole one.
         identifier = words[self._start + _LAST_ID] = words[self._start + _LAST_ID] + 1
@@ -161,6 +173,7 @@ class BoardEntry:
 
     _words: memoryview
     _start: int
+    _part: int
 
     def update(self, done: int, size: int | None, readers: int) -> None:
         """Say that `done` bytes of `size` (None if unknown) are in the file, and that `readers` clients read it."""
@@ -168,6 +181,13 @@ class BoardEntry:
         self._words[self._start + _SIZE] = _UNKNOWN if size is None else size
         self._words[self._start + _READERS] = readers
 
-    def remove(self) -> None:
-        """Remove the entry, because the download has ended. Do not use it again."""
+    def remove(self, *, is_complete: bool = False) -> None:
+        """Remove the entry, because the download has ended. Do not use it again.
+
+        It `is_complete` if all of the blob is in the store.
+        """
+        if is_complete:
+            count = self._words[self._part + _COMPLETED]
+            self._words[self._part + _RING + count % (_FIRST_ENTRY - _RING)] = self._words[self._start + _ID]
+            self._words[self._part + _COMPLETED] = count + 1
         self._words[self._start + _ID] = 0

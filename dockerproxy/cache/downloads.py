@@ -229,7 +229,7 @@ class BlobDownload:
             self._unread_timer.cancel()
         self._tail.clear()  # because a slow reader may keep this object alive for hours
         if self._board_entry is not None:
-            self._board_entry.remove()
+            self._board_entry.remove(is_complete=state is DownloadState.COMMITTED)
             self._board_entry = None
         self._close_file()
         self._change_state(state)

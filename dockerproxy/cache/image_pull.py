@@ -20,6 +20,7 @@ from dockerproxy.cache.downloads import BlobDownload
 from dockerproxy.cache.image_budget import PullBudget
 from dockerproxy.cache.pins import MAX_CONTENTS, repository_key
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
+from dockerproxy.cache.reader import BlobReader
 from dockerproxy.concurrency import current_client, in_thread
 from dockerproxy.errors import (
     InsufficientStorage,
@@ -46,12 +47,15 @@ from dockerproxy.oci.manifests import (
     parse_manifest,
 )
 from dockerproxy.oci.names import Digest, Host, Reference, Registry, parse_tag
-from dockerproxy.oci.platform_selection import ALL, IndexEntry, Platform, parse_index, select
+from dockerproxy.oci.platform_selection import ALL, IndexEntry, Platform, parse_index, require, select
+from dockerproxy.oci.platforms import MAX_CONFIG, config_platform
 from dockerproxy.oci.referrers import ReferrersQuery
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.disk_errors import disk_error
 from dockerproxy.store.layout import IngestKey, Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.tree_reader import read_small
+from dockerproxy.store.write_probe import write_file
 
 _ACCEPT = [OCI_INDEX, DOCKER_LIST, OCI_MANIFEST, DOCKER_MANIFEST]
 _BLOBS_AT_ONCE = 6  # of all pulls, so that clients have the rest of the line
@@ -79,6 +83,11 @@ class PullRequest:
     image: ImageName
     platforms: tuple[str, ...] = ()
     referrers: bool = False
+
+    @property
+    def wanted_platforms(self) -> list[Platform]:
+        """The platforms that it names. It is empty if it names none, or `ALL`."""
+        return [] if ALL in self.platforms else [Platform.parse(text) for text in self.platforms]
 
 
 @frozen
@@ -197,7 +206,10 @@ class ImagePuller:
             await self._budget.spend(pull, self._identity(pull), resolve, resolve)
 
     async def estimate(self, pull: ImagePull) -> Estimate:
-        """Return the cost of a resolved pull. Only what is in the cache is read."""
+        """Return the cost of a resolved pull. Only what is in the cache is read.
+
+        Raise `NameInvalid` if it is known already that a platform is missing.
+        """
         key, digest = repository_key(pull.request.image), pull.digest
         assert digest is not None  # it is resolved
         content = await in_thread(self._reactor, self._read_stored, key, digest)
@@ -215,7 +227,10 @@ class ImagePuller:
                 else:
                     children.append(child_content)
         for child_content in children:
-            blobs = _blobs_of(await self._parse(pull, parse_manifest, child_content, None))
+            image = await self._parse(pull, parse_manifest, child_content, None)
+            if children == [content] and (image.config is None or self._blobs.exists(image.config.digest)):
+                await self._require_platforms(pull, image)
+            blobs = _blobs_of(image)
             size += sum(blobs[blob] for blob in blobs if not self._blobs.exists(blob))
         return Estimate(missing, None if missing else size)
 
@@ -249,10 +264,18 @@ class ImagePuller:
 
     async def _add_tree(self, pull: ImagePull, manifest: ManifestResponse, depth: int) -> None:
         self._add(pull, manifest.digest, manifest.size, present=True)
+        if not await self._has_manifest(pull, manifest.digest):
+            await self._explain_absence(manifest.digest)
         content = manifest.content or b""
         if manifest.media_type not in INDEX_TYPES:
-            for digest, size in _blobs_of(await self._parse(pull, parse_manifest, content, None)).items():
+            image = await self._parse(pull, parse_manifest, content, None)
+            for digest, size in _blobs_of(image).items():
                 self._add(pull, digest, size, present=False)
+            if depth == 0 and pull.request.wanted_platforms:
+                if image.config is not None:
+                    pull.state = PullState.DOWNLOADING
+                    await self._fetch_blob(pull, image.config.digest)
+                await self._require_platforms(pull, image)
             return
         if depth == _MAX_DEPTH:
             raise ManifestInvalid(f"{pull.request.image} has more than {_MAX_DEPTH} indexes in each other")
@@ -268,6 +291,29 @@ class ImagePuller:
             if digest not in pull.present:
                 await self._add_tree(pull, await self._manifest(pull, digest), depth)
 
+    async def _require_platforms(self, pull: ImagePull, image: Manifest) -> None:
+        """Raise `NameInvalid` if an image without an index is not for the platforms that the pull is to have.
+
+        Its configuration says so; it says nothing if that is not here.
+        """
+        wanted = pull.request.wanted_platforms
+        if not wanted:
+            return
+        platform = await in_thread(self._reactor, self._platform_of, image)
+        try:
+            require([] if platform is None else [platform], wanted)
+        except NameInvalid as error:
+            raise NameInvalid(f"{pull.request.image}: {error.message}") from None
+
+    def _platform_of(self, image: Manifest) -> Platform | None:
+        if image.config is None:
+            return None
+        text = config_platform(read_small(self._layout.blob(image.config.digest), MAX_CONFIG) or b"")
+        try:
+            return None if text is None else Platform.parse(text)
+        except NameInvalid:
+            return None
+
     def _add(self, pull: ImagePull, digest: Digest, size: int, *, present: bool) -> None:
         if digest not in pull.contents and len(pull.contents) >= MAX_CONTENTS:
             raise SizeInvalid(f"{pull.request.image} consists of more than {MAX_CONTENTS} manifests and blobs")
@@ -282,9 +328,12 @@ class ImagePuller:
         """Return the manifests of an index that the pull is to have. Raise `NameInvalid`."""
         request, entries = pull.request, await self._parse(pull, parse_index, content)
         every = ALL in request.platforms
-        wanted = [Platform.parse(text) for text in request.platforms if text != ALL]
+        wanted = request.wanted_platforms
         if not request.platforms:
             wanted = await in_thread(self._reactor, self._default_platforms, request.image, entries)
+            # As in containerd, an index that says nothing about platforms is for all of them.
+            images = [entry for entry in entries if entry.attests is None]
+            every = bool(images) and all(entry.platform is None for entry in images)
         try:
             return select(entries, wanted, every=every, attestations=request.referrers)
         except NameInvalid as error:
@@ -323,6 +372,14 @@ class ImagePuller:
             return await get()
         return await self._budget.spend(pull, self._identity(pull), get, lambda: get(head=True))
 
+    async def _explain_absence(self, digest: Digest) -> None:
+        """Raise the error because of which the cache has not stored a manifest: its users got that all the same."""
+        try:
+            await in_thread(self._reactor, write_file, self._layout.staging)
+        except OSError as error:
+            raise _not_cached(digest, error) from None
+        raise InsufficientStorage(f"{digest} was not cached; the daemon's log says why")
+
     async def _has_manifest(self, pull: ImagePull, digest: Digest) -> bool:
         key = repository_key(pull.request.image)
         return self._links.has_manifest(key, digest) and self._blobs.exists(digest)
@@ -341,17 +398,15 @@ class ImagePuller:
     async def _fetch_blob(self, pull: ImagePull, digest: Digest) -> None:
         current_client.set("")
         async with self._slot(self._blob_slots):
-            response = await self._view(pull).blob(pull.request.image.repository, digest, head=False)
-            download = self._download(pull, digest)
-            if response.content is not None:
+            content = (await self._view(pull).blob(pull.request.image.repository, digest, head=False)).content
+            if content is not None:
                 try:
-                    await response.content.wait_verified()
+                    await content.wait_verified()
                 finally:
-                    response.content.close()
+                    content.close()
         size = self._blobs.size(digest)
         if size is None:
-            reason = None if download is None else download.failure
-            raise InsufficientStorage(f"{digest} was not cached: {reason or 'it was evicted at once'}")
+            raise _not_cached(digest, content.failure if isinstance(content, BlobReader) else None)
         pull.contents[digest] = size  # a manifest may have lied about it
         pull.present.add(digest)
 
@@ -402,6 +457,15 @@ def describe_failure(pull: ImagePull, error: RegistryError) -> str:
             f"{image.host} does not let us read {image.repository} ({error.message}); AUTH_REGISTRIES may have a login"
         )
     return error.message
+
+
+def _not_cached(digest: Digest, failure: Exception | None) -> RegistryError:
+    """Return the error of a pull whose content was passed on and not stored, because of `failure`."""
+    consequence, cause = f"{digest} was not cached", None if failure is None else failure.__cause__
+    for error in (failure, cause):
+        if isinstance(error, OSError):
+            return disk_error("CACHE_DIR", error, consequence)
+    return InsufficientStorage(f"{consequence}: {failure or 'it was evicted at once'}")
 
 
 def _blobs_of(manifest: Manifest) -> dict[Digest, int]:

@@ -7,7 +7,7 @@ consists of, so that nothing of it is evicted, not even in the first minute afte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -20,6 +20,7 @@ from dockerproxy.errors import Denied, DigestInvalid, NameInvalid
 from dockerproxy.oci.docker_hub import canonical_registry
 from dockerproxy.oci.image_names import ImageName
 from dockerproxy.oci.names import Digest, Reference, Registry
+from dockerproxy.store.disk_errors import disk_error
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import RecordEntry, Records
 
@@ -162,6 +163,7 @@ class Pins:
         self._uses: Counter[Digest] = Counter()  # in how many pins it is
         self._sizes: dict[Digest, int] = {}  # with `cost`, the largest that a pin gave
         self._names: Counter[tuple[str, str]] = Counter()  # repositories with digests and tags that stay
+        self._references: dict[str, tuple[str, ...]] = {}  # the tags and digests of pins, by repository
         self.bytes = 0
         """The bytes of all contents."""
         self.limit = limit * _QUOTA[0] // _QUOTA[1]
@@ -214,8 +216,15 @@ class Pins:
         """Return whether the tag or digest `name` of the repository `key`, or anything of it, is pinned."""
         return (key, name or "") in self._names
 
+    def references(self, key: str) -> Sequence[str]:
+        """Return the tags and digests of the repository `key` that are pinned. May be called in any thread."""
+        return self._references.get(key, ())
+
     async def set(self, image: ImageName, **changes: Any) -> Pin:
-        """Change or add the pin of `image`, on disk first. Return it. Raise OSError, or `Denied` without room."""
+        """Change or add the pin of `image`, on disk first. Return it.
+
+        Raise `InsufficientStorage` or `StorageFailed` because of the disk, or `Denied` without room.
+        """
         async with self._lock:
             old = self._pins.get(image)
             return await self._change(old, old or Pin(image, since=self._clock()), changes)
@@ -239,16 +248,22 @@ class Pins:
         if len(new.contents) > MAX_CONTENTS:
             raise Denied(f"{new.image} consists of {len(new.contents)} parts; a pin may have {MAX_CONTENTS}")
         self._check_room(old, new)
-        await in_thread(self._reactor, self._records.put, new.to_record(), *new.key)
+        await self._on_disk(self._records.put, new.to_record(), *new.key)
         self._replace(old, new)
 
     async def remove(self, image: ImageName) -> None:
-        """Remove a pin. Raises `OSError`."""
+        """Remove a pin. Raise as `set` does."""
         async with self._lock:
             pin = self._pins.get(image)
             if pin is not None:
-                await in_thread(self._reactor, self._records.remove, *pin.key)
+                await self._on_disk(self._records.remove, *pin.key)
                 self._replace(pin, None)
+
+    async def _on_disk(self, function: Callable[..., object], *arguments: Any) -> None:
+        try:
+            await in_thread(self._reactor, function, *arguments)
+        except OSError as error:
+            raise disk_error("CACHE_DIR", error) from error
 
     def _check_room(self, old: Pin | None, new: Pin) -> None:
         before = {} if old is None else old.contents
@@ -263,11 +278,18 @@ class Pins:
     def _replace(self, old: Pin | None, new: Pin | None) -> None:
         """Replace a pin in memory, and tell the cache what to keep."""
         if new is not None:
+            if new.image not in self._pins:
+                key = repository_key(new.image)
+                self._references[key] = (*self.references(key), str(new.image.reference))
             self._pins[new.image] = new
             self._names.update(_names_of(new))
             self._add_contents(new)
         elif old is not None:
             del self._pins[old.image]
+            key, reference = repository_key(old.image), str(old.image.reference)
+            self._references[key] = tuple(other for other in self.references(key) if other != reference)
+            if not self._references[key]:
+                del self._references[key]
         if old is not None:
             for name in _names_of(old):
                 self._names[name] -= 1

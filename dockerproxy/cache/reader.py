@@ -68,6 +68,11 @@ class BlobReader:
         """The blob's size in bytes; None while it is unknown."""
         return self._download.size
 
+    @property
+    def failure(self) -> Exception | None:
+        """The reason why the blob is not stored, if its download has failed."""
+        return self._download.failure
+
     def expect(self, ranges: Sequence[ByteRange]) -> None:
         """Fetch those of `ranges` by themselves that are far ahead when they are read.
 

@@ -505,7 +505,10 @@ class CacheSpaceManager(CacheSpace):
             with suppress(CacheFull):
                 await self._evict(self.index.evict(self.index.free + size - free))
                 return ""
-        return f"the disk lacks {expected_size - free} bytes for it and for the 16 MiB that are kept free"
+        return (
+            f"CACHE_DIR is full: its disk lacks {expected_size - free} bytes for it and for the 16 MiB that are kept"
+            " free; free space there, or give it a larger disk"
+        )
 
     def _free_bytes(self) -> int:
         status = os.statvfs(self._layout.root)

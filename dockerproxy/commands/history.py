@@ -63,7 +63,7 @@ def history(client: ControlClient, options: argparse.Namespace, terminal: Termin
 
 def print_rows(rows: list[Document], *, with_repository: bool = False) -> None:
     """Print rows of the history as a table."""
-    header = ("WHEN", "CLIENT", "IMAGE" if with_repository else "WHAT", "BECAME", "BECAUSE")
+    header = ("WHEN", "CLIENT", "IMAGE" if with_repository else "CONTENT", "RESULT", "REASON")
     print_table(header, [_history_row(row, with_repository) for row in rows])
 
 

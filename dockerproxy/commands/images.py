@@ -27,6 +27,8 @@ _SORT_KEYS: dict[str, Callable[[Event], Any]] = {
 
 def list_(client: ControlClient, options: argparse.Namespace, terminal: Terminal) -> int:
     """List repositories, or the tags and manifests of one."""
+    if options.quiet and terminal.as_json:
+        raise CommandError(USAGE, "--quiet and --json cannot be used together")
     is_glob = options.name is not None and not _GLOB.isdisjoint(options.name)
     if options.name and not is_glob:
         return _list_manifests(client, options, terminal)

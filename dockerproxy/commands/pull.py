@@ -49,7 +49,7 @@ def _cancel(client: ControlClient, options: argparse.Namespace, terminal: Termin
         print_line(json.dumps(result))
         return 0
     for image in result["cancelled"]:
-        print_line(f"{image} is no longer pulled")
+        print_line(f"the pull of {image} was cancelled")
     return 0
 
 
@@ -194,9 +194,8 @@ def _finish(result: Event, without_end: str) -> int:
     if without_end:
         print_line(f"{format_count(result['images'] - result['failed'], 'image')} {without_end}")
     else:
-        print_line(
-            f"{result['done']} of {format_count(result['images'], 'image')} here ({format_size(result['bytes'])})"
-        )
+        images = format_count(result["images"], "image")
+        print_line(f"{result['done']} of {images} in the cache ({format_size(result['bytes'])})")
     return PROBLEMS if result["failed"] else 0
 
 
@@ -268,7 +267,7 @@ def unpin(client: ControlClient, options: argparse.Namespace, terminal: Terminal
         print_line(json.dumps(result))
         return 0
     for image in result["unpinned"]:
-        print_line(f"{image} may leave the cache again")
+        print_line(f"{image} is no longer pinned")
     return 0
 
 

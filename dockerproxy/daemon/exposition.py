@@ -39,6 +39,9 @@ _RATE_LIMITS = (
     ),
 )
 
+ANONYMOUS, CONFIGURED = "anonymous", "configured"
+"""The logins of rate limits: none, and one of the settings. Its name is for administrators: `dockerproxy budget`."""
+
 _BOUNDS = (*map(str, BUCKETS), "+Inf")
 
 
@@ -71,19 +74,26 @@ def measured_gauges(
     yield Gauge("store_free_inodes", "Free inodes of the file system of a store.", inodes, ("store",))
 
 
-def rate_limit_gauges(limits: Mapping[str, Mapping[str, float | None]]) -> Iterator[Gauge]:
+def rate_limit_gauges(limits: Mapping[tuple[str, str], Mapping[str, float | None]]) -> Iterator[Gauge]:
     """Yield the gauges of the rate limits of registries for clients without a login of their own.
 
-    `limits` have ``limit``, ``remaining``, ``window`` (seconds) and ``refused_until`` (POSIX time) by registry; what a
-    registry has not said is None.
+    `limits` have ``limit``, ``remaining``, ``window`` (seconds) and ``refused_until`` (POSIX time) by registry and
+    login, which is `ANONYMOUS` or `CONFIGURED`; what a registry has not said is None.
     """
     for key, name, help_text in _RATE_LIMITS:
         values: dict[tuple[str, ...], float] = {}
-        for registry, limit in limits.items():
+        for registry_and_login, limit in limits.items():
             value = limit[key]
             if value is not None:
-                values[registry,] = value
-        yield Gauge(name, help_text, values, ("registry",))
+                values[registry_and_login] = value
+        yield Gauge(name, help_text, values, ("registry", "login"))
+
+
+def operation_gauge(ends: Mapping[str, float]) -> Gauge:
+    """Return the gauge of the POSIX times at which operations last ended without a problem, by their names."""
+    values: dict[tuple[str, ...], float] = {(name.replace(" ", "_"),): at for name, at in ends.items()}
+    help_text = "The time at which an operation last ended without a problem, in POSIX time."
+    return Gauge("operation_end_timestamp_seconds", help_text, values, ("operation",))
 
 
 def damaged_gauge(damaged: Mapping[str, int]) -> Gauge:

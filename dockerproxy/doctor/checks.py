@@ -52,6 +52,41 @@ class LoginFacts:
 
 
 @frozen
+class WildcardFacts:
+    """A wildcard of REGISTRIES: how many hosts that it covers have content here, and how many of them were asked.
+
+    `setting` has the login for it, if it is not empty.
+    """
+
+    name: str
+    used: int = 0
+    asked: int = 0
+    setting: str = ""
+
+
+@frozen
+class HelperFacts:
+    """A credential helper, the `program` that `setting` names for the hosts and wildcards `keys`.
+
+    `answers` has why it failed for each server that it was asked for, an empty text if it did not.
+    """
+
+    program: str
+    setting: str
+    keys: tuple[str, ...]
+    answers: tuple[tuple[str, str], ...] = ()
+
+
+@frozen
+class MemberFacts:
+    """The answer of a member of FLEET to a question for its CA: `error` says why there is none."""
+
+    name: str
+    error: str = ""
+    has_same_ca: bool = True
+
+
+@frozen
 class DiskFacts:
     """A store, whose place `setting` has: the `problem` of a write, and the room. Sizes are in bytes.
 
@@ -91,7 +126,7 @@ def check_registries(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]
             sentence = f"{name} does not answer: {facts.error}"
             yield Diagnosis("registry", name, BAD, sentence, _registry_advice(facts.error), is_public=True)
         elif facts.problem:
-            advice = "Is a firewall or a captive portal between? Open its address in a browser of this network."
+            advice = "Is there a firewall or captive portal in between? Open its address in a browser here."
             yield Diagnosis("registry", name, WARN, f"{name} answers, but {facts.problem}", advice, is_public=True)
         else:
             issuer = f"; its certificate is by {facts.issuer}" if facts.issuer else ""
@@ -100,12 +135,12 @@ def check_registries(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]
 
 
 def _registry_advice(error: str) -> str:
-    cached = "What is cached goes on to be served."
+    cached = "Cached images are still served."
     if "certificate" in error:
         return f"If a proxy of your network decrypts TLS, its CA belongs in UPSTREAM_CA_FILE. {cached}"
     if "no such name" in error:
         return f"Is the name in REGISTRIES right, and does this machine's name server answer? {cached}"
-    return f"May this machine connect to it, by its firewall and yours, or only through UPSTREAM_PROXY? {cached}"
+    return f"Does a firewall forbid the connection, or does it need another proxy (UPSTREAM_PROXY)? {cached}"
 
 
 def check_states(states: Iterable[Mapping[str, Any]], now: float) -> Iterator[Diagnosis]:
@@ -134,7 +169,7 @@ def check_logins(logins: Iterable[LoginFacts]) -> Iterator[Diagnosis]:
     for login in logins:
         subject = f"the login for {login.registry} in {login.setting}"
         if login.refusal:
-            advice = "Renew it there and reload. Until then, public images are pulled without it, and private ones not."
+            advice = "Renew it there and reload. Until then, only public images can be pulled."
             yield Diagnosis("login", login.registry, BAD, f"{subject} is refused: {login.refusal}", advice)
         elif login.unknown:
             yield Diagnosis("login", login.registry, WARN, f"{subject} could not be tried: {login.unknown}")
@@ -158,6 +193,56 @@ def check_token_servers(registries: Iterable[RegistryFacts]) -> Iterator[Diagnos
             yield Diagnosis("tokens", registry, OK, sentence, advice)
 
 
+def check_wildcards(wildcards: Iterable[WildcardFacts]) -> Iterator[Diagnosis]:
+    """Return how far each wildcard of REGISTRIES was examined: nobody knows which hosts it covers."""
+    for facts in wildcards:
+        login = f", and the login for it in {facts.setting} was not tried" if facts.setting else ""
+        if not facts.used:
+            sentence = f"{facts.name} has not been used yet, so none of its hosts was asked{login}"
+        elif facts.asked < facts.used:
+            sentence = f"{facts.name}: {facts.asked} of the {facts.used} hosts that have been used were asked"
+        else:
+            sentence = f"{facts.name}: each host that has been used was asked ({facts.used})"
+        yield Diagnosis("registry", facts.name, OK, sentence)
+
+
+def check_helpers(helpers: Iterable[HelperFacts]) -> Iterator[Diagnosis]:
+    """Return whether credential helpers worked. The warnings about settings are about missing ones."""
+    for facts in helpers:
+        program, named = facts.program, _join(facts.keys)
+        failures = [(server, problem) for server, problem in facts.answers if problem]
+        if failures:
+            server, problem = failures[0]
+            more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+            advice = (
+                "Run it as the daemon's user: echo HOST | docker-credential-NAME get. Its own documentation says more."
+            )
+            yield Diagnosis("login", program, BAD, f"{program} {problem}, for {server}{more}", advice)
+        elif not facts.answers:
+            sentence = f"{program} ({facts.setting}) was not asked yet, because no host of {named} has been used"
+            yield Diagnosis("login", program, OK, sentence)
+        else:
+            yield Diagnosis(
+                "login", program, OK, f"{program} works for {_join([server for server, _ in facts.answers])}"
+            )
+
+
+def check_members(members: Iterable[MemberFacts]) -> Iterator[Diagnosis]:
+    """Return whether the other members of FLEET answer, and have the CA of this daemon."""
+    for facts in members:
+        if facts.error:
+            advice = "The others do its work. Does the daemon run there, and may this machine connect to it?"
+            yield Diagnosis(
+                "fleet", facts.name, WARN, f"the member {facts.name} does not answer: {facts.error}", advice
+            )
+        elif not facts.has_same_ca:
+            advice = "Clients that trust one of them refuse the other: copy ca.crt and ca.key from one of them to all."
+            sentence = f"the member {facts.name} has another CA than this daemon"
+            yield Diagnosis("fleet", facts.name, BAD, sentence, advice)
+        else:
+            yield Diagnosis("fleet", facts.name, OK, f"the member {facts.name} answers")
+
+
 def check_clock(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]:
     """Return whether this machine's clock is right. It is if that of any registry agrees."""
     offsets = {facts.name: facts.offset for facts in registries if facts.offset is not None}
@@ -171,7 +256,7 @@ def check_clock(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]:
     direction = "ahead of" if offset > 0 else "behind"
     level = WARN if abs(offset) <= _CLOCK_ERROR else BAD
     sentence = f"this machine's clock is {format_seconds(abs(offset))} {direction} that of {name}{others}"
-    advice = "Certificates and tokens are judged by it: synchronise it by NTP (timedatectl set-ntp true)."
+    advice = "Certificates and tokens depend on the clock: synchronise it by NTP (timedatectl set-ntp true)."
     yield Diagnosis("clock", "", level, sentence, advice, is_public=True)
 
 
@@ -180,7 +265,7 @@ def check_budget(limits: Iterable[Mapping[str, Any]], now: float) -> Iterator[Di
     for limit in limits:
         name, remaining, total = limit["registry"], limit["remaining"], limit["limit"]
         is_current = limit["window"] is None or limit["seen"] + limit["window"] > now
-        advice = "What is cached goes on to be served."
+        advice = "Cached images are still served."
         if name == "docker.io":
             advice += " A login for auth.docker.io in AUTH_REGISTRIES raises the limit."
         if limit["refused_until"] > now:
@@ -223,7 +308,7 @@ def check_evictions(idle_age: float | None) -> Iterator[Diagnosis]:
     """Return whether the cache is large enough. `idle_age` are the seconds for which the last to leave was unused."""
     if idle_age is None:
         return
-    sentence = f"what left the cache last had not been used for {format_seconds(idle_age)}"
+    sentence = f"the last blob that was removed to make room had not been used for {format_seconds(idle_age)}"
     if idle_age < _SHORT_IDLE:
         advice = "It may be needed again soon: raise CACHE_MAX_SIZE."
         yield Diagnosis("evictions", "CACHE_MAX_SIZE", WARN, sentence, advice, is_public=True)
@@ -302,7 +387,7 @@ def check_clients(refusing: Mapping[str, float], now: float) -> Iterator[Diagnos
     named = _join([f"{client} ({format_seconds(now - at)} ago)" for client, at in latest])
     verb = "refuses" if len(latest) == 1 else "refuse"
     sentence = f"{named} {verb} this proxy's certificate"
-    advice = "They do not trust its CA: run the set-up script on them (/setup), and then with --check."
+    advice = "They do not trust its CA: run the set-up script on them (/setup), then run it again with --check."
     yield Diagnosis("clients", "", WARN, sentence, advice)
 
 
@@ -314,13 +399,13 @@ def check_name(name: str, addresses: Sequence[str], own: Sequence[bool]) -> Iter
             advice += " Install avahi-daemon and libnss-mdns here, with that name as the host name."
         else:
             advice += " Add it to your name server, or change REGISTRY_HOSTNAME."
-        yield Diagnosis("name", name, WARN, f"{name} has no address on this machine", advice)
+        yield Diagnosis("name", name, WARN, f"{name} cannot be resolved on this machine", advice)
     elif not any(own):
         sentence = f"{name} is {', '.join(addresses[:3])}, which is no address of this machine"
-        advice = "Another machine may have that name. If this one is behind a router or in a container, all is well."
+        advice = "Another machine may have that name. Behind a router or in a container, this is no problem."
         yield Diagnosis("name", name, WARN, sentence, advice)
     else:
-        yield Diagnosis("name", name, OK, f"{name} leads to this machine", is_public=True)
+        yield Diagnosis("name", name, OK, f"{name} resolves to this machine", is_public=True)
 
 
 def check_proxy(setting: str, proxy: str, *, is_own: bool) -> Iterator[Diagnosis]:

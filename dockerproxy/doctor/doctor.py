@@ -36,7 +36,8 @@ class DoctorSources:
     `states`, `refused_logins` and `limits` return JSON values: those of `RegistryStates.report_list`,
     `EndedLogins.report_list` and ``/v1/budget``; the last one blocks. `usage` are the bytes of the cache and their
     limit, and `fleet` the states of the members of FLEET. `refusing_clients` has the POSIX time of each client's last
-    refusal. `maintenance` has the last runs of gc and check, and blocks. `now` returns POSIX time.
+    refusal. `repositories` is the directory with those of the cache, and `helpers` returns the credential helpers as
+    `HelperFacts` describes them. `maintenance` has the last runs of gc and check, and blocks. `now` returns POSIX time.
     """
 
     reactor: Any
@@ -56,6 +57,8 @@ class DoctorSources:
     idle_age: Callable[[], float | None]
     fleet: Callable[[], Mapping[str, str]]
     refusing_clients: Callable[[], Mapping[str, float]]
+    repositories: str
+    helpers: Callable[[], Sequence[Mapping[str, Any]]]
     maintenance: Callable[[], Mapping[str, Mapping[str, Any]]]
     open_ports: Callable[[], Sequence[OpenPort]]
     process_ids: Callable[[], Iterable[int]]

@@ -8,17 +8,22 @@ import resource
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from dockerproxy.daemon.listener_service import OpenPort
-from dockerproxy.doctor.checks import DiskFacts, NameConstraints, PortFacts
+from dockerproxy.doctor.checks import DiskFacts, MemberFacts, NameConstraints, PortFacts
 from dockerproxy.errors import DestinationForbidden
 from dockerproxy.net.own_addresses import is_own_address
+from dockerproxy.oci.names import Host
 from dockerproxy.proxy.issuer import get_extension, is_readable_by_others
 
 _CONNECT_TIMEOUT = 3.0  # seconds
+_MEMBER_PORT = 3128  # of a member of FLEET that is given without one
+_MAX_CERTIFICATE = 64 * 1024  # bytes
 
 # Documentation networks (RFC 5737, RFC 3849): a route to them is that to the Internet, and no packet is sent.
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
@@ -58,6 +63,42 @@ def _try_port(address: str, port: OpenPort) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def member_facts(name: str, fingerprint: str) -> MemberFacts:
+    """Return whether a member of the fleet answers, and whether the SHA-256 of its CA is `fingerprint`."""
+    address = Host.parse(name, _MEMBER_PORT)
+    connection = HTTPConnection(address.name, address.port, timeout=_CONNECT_TIMEOUT)
+    try:
+        connection.request("GET", "/ca.crt")
+        response = connection.getresponse()
+        content = response.read(_MAX_CERTIFICATE)
+    except TimeoutError:
+        return MemberFacts(name, f"no answer within {_CONNECT_TIMEOUT:g} s")
+    except OSError as error:
+        return MemberFacts(name, error.strerror or str(error))
+    except HTTPException:
+        return MemberFacts(name, "another program answers")
+    finally:
+        connection.close()
+    if response.status != 200:
+        return MemberFacts(name, f"it refuses /ca.crt (status {response.status})")
+    try:
+        certificate = x509.load_pem_x509_certificate(content)
+    except ValueError:
+        return MemberFacts(name, "another program answers")
+    found = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+    return MemberFacts(name, has_same_ca=found == fingerprint)
+
+
+def used_hosts(repositories: str) -> list[str]:
+    """Return the hosts of registries in the directory with the repositories of the cache, the last used first."""
+    times: dict[str, float] = {}
+    with suppress(OSError), os.scandir(repositories) as entries:
+        for entry in entries:
+            with suppress(OSError):  # it was removed
+                times[entry.name] = entry.stat().st_mtime
+    return sorted(times, key=lambda name: (-times[name], name))
 
 
 def disk_facts(setting: str, directory: str | None, problem: str, growth: int) -> DiskFacts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
@@ -10,10 +11,11 @@ from attrs import define, evolve, field, frozen
 from twisted.internet.defer import Deferred, DeferredSemaphore, TimeoutError, gatherResults
 
 from dockerproxy.doctor.checks import LoginFacts, RegistryFacts
-from dockerproxy.errors import RegistryError
+from dockerproxy.errors import NameInvalid, RegistryError
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import Challenge, parse_challenges
 from dockerproxy.oci.credentials import Login
+from dockerproxy.oci.host_table import RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.upstream.agent import Agent, Examination
 from dockerproxy.upstream.authorizer import Authorizer
@@ -40,6 +42,10 @@ class _Run:
 
 class Logins(Protocol):
     """The administrator's logins; see `SharedLogins`."""
+
+    def needs_provider(self, registry: Registry) -> bool: ...
+
+    async def obtain(self, registry: Registry, client: str, *, is_open: bool) -> None: ...
 
     def configured_login(self, registry: Registry) -> Login | None: ...
 
@@ -116,8 +122,14 @@ class RegistryExaminer:
     async def _examine_login(
         self, registry: Registry, challenges: Sequence[Challenge], limit: float
     ) -> LoginFacts | None:
+        if not challenges:
+            return None
+        if self._logins.needs_provider(registry):  # a credential helper may have it
+            asked = Deferred.fromCoroutine(self._logins.obtain(registry, "", is_open=False))
+            with suppress(TimeoutError):  # its own finding says that it failed
+                await asked.addTimeout(max(limit, 0.0), self._reactor)
         login = self._logins.configured_login(registry)
-        if login is None or not challenges:
+        if login is None:
             return None
         setting = self._logins.setting(registry)
         for refused in self._refused_logins():
@@ -132,6 +144,24 @@ class RegistryExaminer:
             return LoginFacts(name_of(registry), setting, unknown=f"no answer within {limit:.0f} s")
         except RegistryError as error:
             return LoginFacts(name_of(registry), setting, unknown=error.message)
+
+
+def used_registries(
+    wildcards: Iterable[RegistryWildcard], listed: Iterable[Registry], used: Iterable[str]
+) -> dict[RegistryWildcard, list[Registry]]:
+    """Return the registries of each wildcard among the hosts `used`, in their order. Those in `listed` are none."""
+    by_hosts = {wildcard.hosts: wildcard for wildcard in wildcards}
+    found: dict[RegistryWildcard, list[Registry]] = {wildcard: [] for wildcard in by_hosts.values()}
+    known = {registry.host for registry in listed}
+    for text in used:
+        try:
+            host = Host.parse(text)
+        except NameInvalid:
+            continue
+        wildcard = by_hosts.get(Wildcard.above(host))
+        if wildcard is not None and host not in known:
+            found[wildcard].append(Registry(host, wildcard.scheme))
+    return found
 
 
 def registry_facts(registry: Registry, examination: Examination, now: float) -> RegistryFacts:

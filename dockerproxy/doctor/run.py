@@ -13,15 +13,18 @@ from dockerproxy.daemon.listener_service import OpenPort
 from dockerproxy.doctor import checks, machine
 from dockerproxy.doctor.doctor import DoctorSettings, DoctorSources
 from dockerproxy.doctor.findings import OK, WARN, Diagnosis
-from dockerproxy.doctor.registries import RegistryExaminer
+from dockerproxy.doctor.registries import RegistryExaminer, used_registries
 from dockerproxy.errors import RegistryError
-from dockerproxy.oci.host_table import Wildcard
+from dockerproxy.oci.host_table import RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.write_probe import StoreState
 from dockerproxy.upstream.registry_states import name_of
 
 NETWORK_LIMIT, LOCAL_LIMIT = 15.0, 3.0
 """Seconds that a check may take."""
+
+_MAX_ASKED = 5  # hosts of a wildcard, those that were used last
+_MAX_ASKED_IN_ALL = 50  # of them, and members of FLEET
 
 _STATE_TTL, _NETWORK_TTL = 30.0, 3600.0
 """Seconds for which the state of registries, and other findings over the network, are part of quick reports."""
@@ -56,6 +59,7 @@ async def network_findings(sources: DoctorSources, settings: DoctorSettings) -> 
     """Return the findings of the checks that connect to others, or resolve names."""
     works = {
         "registry": _registries(sources, settings),
+        "fleet": _fleet(sources),
         "ports": _ports(sources, settings),
         "name": _name(sources, settings),
         "proxy": _proxy(sources, settings),
@@ -65,7 +69,7 @@ async def network_findings(sources: DoctorSources, settings: DoctorSettings) -> 
 
 def lasting(network: Iterable[Diagnosis], age: float) -> list[Diagnosis]:
     """Return the findings over the network that still say something after `age` seconds."""
-    changing = ("registry", "login", "clock")
+    changing = ("registry", "login", "clock", "fleet")
     return [finding for finding in network if age < (_STATE_TTL if finding.check in changing else _NETWORK_TTL)]
 
 
@@ -74,7 +78,7 @@ def merge(local: Iterable[Diagnosis], network: Iterable[Diagnosis]) -> list[Diag
     findings: dict[tuple[str, ...], Diagnosis] = {}
     for finding in (*network, *local):
         key: tuple[str, ...] = (finding.check, finding.subject)
-        if finding.check not in ("registry", "login"):
+        if finding.check not in ("registry", "login", "fleet"):
             key = (*key, finding.sentence)
         known = findings.get(key)
         if known is None or known.level == OK or finding.level != OK:
@@ -159,13 +163,51 @@ async def _registries(sources: DoctorSources, settings: DoctorSettings) -> list[
         sources.now,
         lambda host: host in intercepted or Wildcard.above(host) in wildcards,
     )
-    registries, logins = await examiner.examine(settings.settings.registries)
-    return [
-        *checks.check_registries(registries),
-        *checks.check_logins(logins),
-        *checks.check_token_servers(registries),
-        *checks.check_clock(registries),
+    listed = settings.settings.registries
+    used = await sources.threads.run(partial(machine.used_hosts, sources.repositories))
+    covered = used_registries(settings.settings.registry_wildcards, listed, used)
+    asked = {wildcard: registries[:_MAX_ASKED] for wildcard, registries in covered.items()}
+    chosen = [registry for registries in asked.values() for registry in registries][:_MAX_ASKED_IN_ALL]
+    facts, logins = await examiner.examine([*listed, *chosen])
+    names = {name_of(registry) for registry in chosen}
+    examined = [
+        checks.WildcardFacts(
+            str(wildcard), len(registries), len(set(asked[wildcard]) & set(chosen)), _login_setting(settings, wildcard)
+        )
+        for wildcard, registries in covered.items()
     ]
+    return [
+        *checks.check_registries(facts),
+        *checks.check_wildcards(examined),
+        *checks.check_logins(logins),
+        *checks.check_token_servers(facts),
+        *checks.check_helpers(checks.HelperFacts(**helper) for helper in sources.helpers()),
+        # Everybody may see the finding about the clock, so it names no host that only a wildcard covers.
+        *checks.check_clock([one for one in facts if one.name not in names]),
+    ]
+
+
+def _login_setting(settings: DoctorSettings, wildcard: RegistryWildcard) -> str:
+    values = settings.settings
+    for setting, logins in (
+        ("AUTH_REGISTRIES", values.auth_registries),
+        ("CREDENTIAL_HELPERS", values.credential_helpers),
+    ):
+        if wildcard.hosts in logins:
+            return setting
+    return ""
+
+
+async def _fleet(sources: DoctorSources) -> list[Diagnosis]:
+    others = [name for name, state in sources.fleet().items() if state != "me"][:_MAX_ASKED_IN_ALL]
+    expected = sources.authority.fingerprint
+    works = [sources.threads.run(partial(machine.member_facts, name, expected)) for name in others]
+    facts = await gatherResults([Deferred.fromCoroutine(_await(work)) for work in works])
+    return list(checks.check_members(facts))
+
+
+async def _await(work: Awaitable[checks.MemberFacts]) -> checks.MemberFacts:
+    return await work
 
 
 async def _ports(sources: DoctorSources, settings: DoctorSettings) -> list[Diagnosis]:

@@ -75,6 +75,11 @@ class HostTable(Mapping[Host, V]):
     def __len__(self) -> int:
         return len(self._by_host)
 
+    def entries(self) -> Iterator[tuple[HostKey, V]]:
+        """Yield all entries, those of wildcards as well."""
+        yield from self._by_host.items()
+        yield from self._by_wildcard.items()
+
 
 @frozen
 class RegistryWildcard:

@@ -26,6 +26,7 @@ _ARCHITECTURES = {
     "i686": "386",
 }
 # BuildKit's attestations (SBOM, provenance) are entries of the index, which name the image that they are about.
+_MAX_SHOWN = 20  # platforms in an error
 _ATTESTATION_OF = "vnd.docker.reference.digest"
 
 
@@ -54,6 +55,9 @@ class Platform:
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+_UNKNOWN = Platform("unknown", "unknown")  # of attestations
 
 
 @frozen
@@ -98,10 +102,19 @@ def select(
     wanted = list(dict.fromkeys(wanted))
     images = [entry for entry in entries if entry.attests is None]
     chosen = [entry.digest for entry in images if every or entry.platform in wanted]
-    present = dict.fromkeys(str(entry.platform) for entry in images if entry.platform is not None)
-    missing = [] if every else [str(platform) for platform in wanted if str(platform) not in present]
-    if missing:
-        raise NameInvalid(f"it has no {' and no '.join(missing)}, but {', '.join(present) or 'no platform'}")
+    if not every:
+        require([entry.platform for entry in images if entry.platform is not None], wanted)
     if attestations:
         chosen += [entry.digest for entry in entries if entry.attests in chosen]
     return list(dict.fromkeys(chosen))
+
+
+def require(present: Sequence[Platform], wanted: Iterable[Platform]) -> None:
+    """Raise `NameInvalid`, with a clause that says which platforms there are, if one that is `wanted` is missing."""
+    missing = [str(platform) for platform in wanted if platform not in present]
+    known = list(dict.fromkeys(str(platform) for platform in present if platform != _UNKNOWN))
+    if len(known) > _MAX_SHOWN:
+        known[_MAX_SHOWN:] = [f"{len(known) - _MAX_SHOWN} others"]
+    if missing:
+        offer = f"but {', '.join(known)}" if known else "and does not say for which platforms it is"
+        raise NameInvalid(f"it has no {' and no '.join(missing)}, {offer}")

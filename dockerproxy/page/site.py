@@ -10,6 +10,7 @@ from urllib.parse import unquote_to_bytes, urlencode
 from attrs import define, field
 
 from dockerproxy import __version__
+from dockerproxy.admin.api import parse_arguments
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.concurrency import in_thread
@@ -47,9 +48,9 @@ _HTML = ("Content-Type", "text/html; charset=utf-8")
 _NO_STORE = ("Cache-Control", "no-store")
 
 _DONE = {
-    "pinned": "It is pinned: it stays in the cache, and what is missing is fetched now.",
+    "pinned": "It is pinned: it stays in the cache, and its missing parts are being fetched now.",
     "unpinned": "It is no longer pinned.",
-    "asked": "The registry is asked for it now.",
+    "asked": "The registry is being asked for it now.",
     "removed": "It was removed.",
     "gone": "It was gone already.",
     "collecting": "Garbage is being collected. Pulls and pushes go on meanwhile.",
@@ -431,8 +432,8 @@ class BrowserPage:
 
 
 def parameters(request: Request) -> dict[str, str]:
-    """Return the decoded parameters in the query of `request`. Raise `BadRequest`, also for a NUL."""
-    query = dict(parse_query(request.query))
+    """Return the decoded parameters in the query of `request`. Raise `BadRequest`."""
+    query = dict(parse_arguments(request.query))
     if any("\0" in value for value in query.values()):
         raise BadRequest("the URL's query contains a NUL")
     return query

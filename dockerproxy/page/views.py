@@ -318,7 +318,7 @@ def _tag(tag: Document, image: Document, reference: str | None, now: float) -> d
         "kind": _kind(tag),
         "selected": own_reference == reference,
         "pinned": tag.get("pinned", False),
-        "freshness": "" if checked is None else f"asked {words.age(now, checked)}",
+        "freshness": "" if checked is None else f"checked {words.age(now, checked)}",
         "link": image_path(name, where, tag=own_reference),
         "remove_link": image_path(name, where, tag=own_reference, confirm="remove"),
         "fields": {"name": f"{name}{separator}{own_reference}", "where": where},
@@ -392,7 +392,8 @@ def layers(documents: Sequence[Document]) -> dict[str, Any]:
                 "x": f"{x:.2f}",
                 "width": f"{max(0.1, width - 0.3):.2f}",
                 "state": state,
-                "text": words.size(layer["size"]) + ("" if layer["present"] else ", not here: fetched when asked for"),
+                "text": words.size(layer["size"])
+                + ("" if layer["present"] else ", not here: it is fetched when somebody asks for it"),
             }
         )
         x += width

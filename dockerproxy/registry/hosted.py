@@ -8,7 +8,6 @@ moment, and the bytes received so far count if the client returns.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +38,7 @@ from dockerproxy.registry.backend import UploadBody, UploadChunk
 from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.hosted_store import HostedStore, UploadSession
 from dockerproxy.registry.principal import Principal
+from dockerproxy.store.disk_errors import FULL
 from dockerproxy.thread_pool import ContentParser
 
 _NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
@@ -48,8 +48,6 @@ _NO_CACHE_STATUS = "-"  # hosted content does not come from a cache
 _CHUNK_SIZE = 256 * 1024
 
 _MAX_COMPONENTS = 32  # GitLab, which has the deepest names, has groups of twenty levels
-
-_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 
@@ -266,7 +264,7 @@ async def _report_failure(principal: Principal, description: str, operation: Cor
             principal=str(principal),
             reason=str(error),
         )
-        if error.errno in _DISK_FULL_ERRNOS:
+        if error.errno in FULL:
             raise InsufficientStorage(f"the registry's disk is full: {error.strerror}") from None
         raise StorageFailed(f"the registry cannot use its disk: {error.strerror}") from None
 

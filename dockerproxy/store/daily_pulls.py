@@ -39,6 +39,33 @@ class Popularity:
     hosts: int
 
 
+@frozen
+class PullSums:
+    """The pulls of each repository: in `total`, and of these the `public` ones, of content that everybody may read."""
+
+    total: Mapping[str, int] = field(factory=dict)
+    public: Mapping[str, int] = field(factory=dict)
+
+
+@frozen
+class CountedPull:
+    """Some pulls of a repository by one client."""
+
+    repository: str
+    client: str
+    pulls: int
+    is_public: bool
+
+
+@define
+class _Count:
+    """The pulls of one repository on one day, and the clients that made them."""
+
+    total: int = 0
+    public: int = 0
+    clients: set[str] = field(factory=set)
+
+
 @define(eq=False)
 class DailyPulls:
     """The counts in `directory`. One process adds to them, every process reads them. Thread-safe; all methods block.
@@ -51,25 +78,32 @@ class DailyPulls:
     _clock: Callable[[], float] = time.time
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
     _day: str = field(default="", init=False)
-    _today: dict[str, tuple[int, set[str]]] = field(factory=dict, init=False)
-    _sums: tuple[str, Counter[str]] = field(factory=lambda: ("", Counter()), init=False)  # of the finished days
+    _today: dict[str, _Count] = field(factory=dict, init=False)
+    _sums: tuple[str, Counter[str], Counter[str]] = field(factory=lambda: ("", Counter(), Counter()), init=False)
+    # of the finished days: their name, and the values of `PullSums`
 
-    def add(self, pulls: Iterable[tuple[str, str, int]]) -> None:
-        """Count pulls: a repository, a client, and a number. Raise OSError if they cannot be written."""
+    def add(self, pulls: Iterable[CountedPull]) -> None:
+        """Count pulls. Raise OSError if they cannot be written."""
         with self._lock:
             self._begin_day()
-            clients = sum(len(names) for _, names in self._today.values())
-            for repository, client, number in pulls:
-                if repository not in self._today and len(self._today) >= _MAX_REPOSITORIES:
-                    continue
-                total, names = self._today.get(repository, (0, set()))
-                if client not in names and clients < _MAX_CLIENTS and len(names) < _MAX_CLIENTS_OF_ONE:
-                    names.add(client)
+            clients = sum(len(count.clients) for count in self._today.values())
+            for pull in pulls:
+                count = self._today.get(pull.repository)
+                if count is None:
+                    if len(self._today) >= _MAX_REPOSITORIES:
+                        continue
+                    count = self._today[pull.repository] = _Count()
+                names = count.clients
+                if pull.client not in names and clients < _MAX_CLIENTS and len(names) < _MAX_CLIENTS_OF_ONE:
+                    names.add(pull.client)
                     clients += 1
-                self._today[repository] = total + number, names
+                count.total += pull.pulls
+                count.public += pull.pulls if pull.is_public else 0
             document = {
                 "version": _VERSION,
-                "repositories": {name: [total, sorted(names)] for name, (total, names) in self._today.items()},
+                "repositories": {
+                    name: [count.total, sorted(count.clients), count.public] for name, count in self._today.items()
+                },
             }
             content = json.dumps(document, separators=(",", ":")).encode()
             history_staging(self.directory).write(content, self._path(self._day))
@@ -88,26 +122,30 @@ class DailyPulls:
 
     def pulls(self, days: int = 30) -> Mapping[str, int]:
         """Return the pulls of each repository in the last `days` days."""
+        return self.sums(days).total
+
+    def sums(self, days: int = 30) -> PullSums:
+        """Return the pulls of each repository in the last `days` days, and the public ones of them."""
         today, key = self._date(0), f"{self._date(days)} {days}"
         with self._lock:
             if self._sums[0] != key:
-                finished: Counter[str] = Counter()
+                finished = Counter[str](), Counter[str]()
                 for day in self._days():
                     if self._date(days) < day < today:
-                        finished.update({name: total for name, (total, _) in self._read(day).items()})
-                self._sums = key, finished
-            sums = self._sums[1].copy()
-        sums.update({name: total for name, (total, _) in self._read(today).items()})
-        return sums
+                        _add(*finished, self._read(day))
+                self._sums = key, *finished
+            total, public = self._sums[1].copy(), self._sums[2].copy()
+        _add(total, public, self._read(today))
+        return PullSums(total, public)
 
     def of(self, repository: str, days: int = 30) -> Popularity:
         """Return the pulls of one repository in the last `days` days, and by how many clients."""
         total, hosts = 0, set[str]()
         for day in self._days():
             if day > self._date(days):
-                number, names = self._read(day).get(repository, (0, set()))
-                total += number
-                hosts |= names
+                count = self._read(day).get(repository, _Count())
+                total += count.total
+                hosts |= count.clients
         return Popularity(total, len(hosts))
 
     def _begin_day(self) -> None:
@@ -115,7 +153,7 @@ class DailyPulls:
         if self._day != today:
             self._day, self._today = today, self._read(today)
 
-    def _read(self, day: str) -> dict[str, tuple[int, set[str]]]:
+    def _read(self, day: str) -> dict[str, _Count]:
         path = self._path(day)
         try:
             content = read_small(path, _MAX_SIZE)
@@ -143,11 +181,18 @@ def aside_files(directory: str) -> list[str]:
     return [f"{directory}/{name}" for name in list_names(directory) if _ASIDE.fullmatch(name)]
 
 
-def _parse(content: bytes) -> dict[str, tuple[int, set[str]]]:
+def _parse(content: bytes) -> dict[str, _Count]:
     document: Any = json.loads(content)
     if document["version"] != _VERSION:
         raise ValueError("another version")
-    return {
-        name: (int(total), {str(client) for client in clients})
-        for name, (total, clients) in document["repositories"].items()
-    }
+    return {name: _parse_count(*values) for name, values in document["repositories"].items()}
+
+
+def _parse_count(total: Any, clients: Any, public: Any = 0) -> _Count:
+    # Earlier versions did not count which pulls were public.
+    return _Count(int(total), int(public), {str(client) for client in clients})
+
+
+def _add(total: Counter[str], public: Counter[str], counts: Mapping[str, _Count]) -> None:
+    total.update({name: count.total for name, count in counts.items()})
+    public.update({name: count.public for name, count in counts.items()})

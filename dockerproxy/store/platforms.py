@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from sys import intern
+
+from attrs import define, field
+
 from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import INDEX_TYPES, MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import Digest
@@ -10,10 +15,13 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.tree_reader import UnsafeFile, read_small
 
 
-def manifest_platforms(layout: Layout, digest: Digest, media_type: str | None) -> tuple[str, ...]:
+def manifest_platforms(
+    layout: Layout, digest: Digest, media_type: str | None, may_read: Callable[[Digest], bool] = lambda digest: True
+) -> tuple[str, ...]:
     """Return the platforms of an index, or that of an image. It is empty if they are not known. Blocks.
 
-    `media_type` is that with which the manifest was sent. An evicted manifest or configuration has no platform.
+    `media_type` is that with which the manifest was sent. An evicted manifest or configuration has no platform,
+    and neither has one whose configuration the caller `may_read` not.
     """
     try:
         content = read_small(layout.blob(digest), MAX_MANIFEST + 1) or b""
@@ -22,8 +30,36 @@ def manifest_platforms(layout: Layout, digest: Digest, media_type: str | None) -
             return tuple(dict.fromkeys(index_platforms(content).values()))
         if manifest.config is None or (manifest.config.size or 0) > MAX_CONFIG:
             return ()
+        if not may_read(manifest.config.digest):
+            return ()
         config = read_small(layout.blob(manifest.config.digest), MAX_CONFIG) or b""
     except (ManifestInvalid, UnsafeFile):
         return ()
     platform = config_platform(config)
     return () if platform is None else (platform,)
+
+
+_MAX_KNOWN = 50_000  # manifests, with some 150 bytes each
+
+
+@define(eq=False)
+class PlatformReader:
+    """The platforms of the manifests in a store. It remembers them, because content never changes. Thread-safe.
+
+    To read and parse a manifest and its configuration takes most of the time of a list of repositories.
+    """
+
+    _layout: Layout
+    _known: dict[bytes, tuple[str, ...]] = field(factory=dict, init=False)
+
+    def read(self, digest: Digest, media_type: Callable[[], str | None]) -> tuple[str, ...]:
+        """Return what `manifest_platforms` does. `media_type` reads the media type. Blocks."""
+        key = bytes.fromhex(digest.hex)
+        platforms = self._known.get(key)
+        if platforms is None:
+            platforms = tuple(map(intern, manifest_platforms(self._layout, digest, media_type())))
+            if platforms:  # otherwise its configuration may only be missing now
+                if len(self._known) >= _MAX_KNOWN:
+                    self._known.clear()
+                self._known[key] = platforms
+        return platforms

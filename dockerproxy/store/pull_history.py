@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from dockerproxy.concurrency import in_thread, spawn
-from dockerproxy.store.daily_pulls import DailyPulls, aside_files
+from dockerproxy.store.daily_pulls import CountedPull, DailyPulls, aside_files
 from dockerproxy.store.files import Staging, history_staging
 from dockerproxy.store.journal import Entry, Journal
 
@@ -32,11 +32,15 @@ log = Logger()
 
 @define(eq=False)
 class PullHistory:
-    """The history in `directory`. Its methods block. `lifetime` are the seconds for which rows are kept; 0 is off."""
+    """The history in `directory`. Its methods block. `lifetime` are the seconds for which rows are kept; 0 is off.
+
+    `is_public` returns whether everybody may know of the tag or digest of a cached repository that a row is about.
+    """
 
     directory: str
     lifetime: float
     _clock: Callable[[], float] = time.time
+    is_public: Callable[[str, str], bool] = lambda repository, reference: False
     counts: DailyPulls = field(init=False)
     _journal: Journal = field(init=False)
 
@@ -56,10 +60,13 @@ class PullHistory:
     def append(self, entries: Sequence[Entry]) -> None:
         """Add rows. Raise OSError."""
         self._journal.append(entries)
-        # The names of hosted and cached repositories may be the same.
-        names = ("hosted/" if row["where"] == "hosted" else "" for row in entries)
-        pairs = zip(names, entries, strict=True)
-        self.counts.add((name + row["repository"], row["client"], row["pulls"]) for name, row in pairs if row["pulls"])
+        self.counts.add(self._counted(row) for row in entries if row["pulls"])
+
+    def _counted(self, row: Entry) -> CountedPull:
+        name, client, pulls = row["repository"], row["client"], row["pulls"]
+        if row["where"] == "hosted":  # the names of hosted and cached repositories may be the same
+            return CountedPull(f"hosted/{name}", client, pulls, is_public=False)
+        return CountedPull(name, client, pulls, self.is_public(name, row["reference"]))
 
     def read(self, since: float = 0.0, needle: str = "") -> Iterator[dict[str, Any]]:
         """Yield the rows since a POSIX time that contain the text `needle`, the newest first."""

@@ -85,6 +85,10 @@ class Records:
                 self._cache.pop(key)
         return record.value
 
+    def peek(self, *key: str) -> Mapping[str, Any] | None:
+        """Return the document like `get`, without keeping it in memory. Blocks."""
+        return _load(self._path(key), key, self.max_size).value
+
     def put(self, value: Mapping[str, Any], *key: str) -> None:
         """Store `value`, which must be serializable as JSON, replacing the old document. Blocks.
 
@@ -108,6 +112,23 @@ class Records:
     def kinds(self) -> list[str]:
         """Return the first components of all keys, sorted. Blocks."""
         return sorted(_unescape(name) or name for name in list_names(str(self.root)) if name != _STAGING)
+
+    def changes(self, kind: str) -> dict[str, int]:
+        """Return when a document of the kind was last written, by the second component of its key. Blocks.
+
+        The component is a `file_name`, the time in nanoseconds. The keys have three components.
+        """
+        times = {}
+        with suppress(OSError), os.scandir(f"{self.root}/{_escape(kind)}") as entries:
+            for entry in entries:
+                with suppress(OSError):  # removed meanwhile
+                    times[entry.name] = entry.stat(follow_symlinks=False).st_mtime_ns
+        return times
+
+    @staticmethod
+    def file_name(component: str) -> str:
+        """Return the name of the directory for the component of a key."""
+        return _escape(component)
 
     def walk(self, *prefix: str) -> Iterator[RecordEntry]:
         """Yield the documents with longer keys that begin with `prefix`, such as the kind, grouped by directory.

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from dockerproxy.errors import RegistryError
+from dockerproxy.store.disk_errors import disk_error
 from dockerproxy.store.layout import Layout
 
 ANSWER_TIMEOUT = 2.0
@@ -23,7 +24,6 @@ RESULT_TTL = 1.0
 """Seconds for which a result counts, so that frequent requests do not keep the disk busy."""
 
 _SIZE = 4096  # bytes; an empty file needs no block of the disk
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 RunInThread = Callable[[Callable[[], str]], Awaitable[str]]
 """Calls a function that may block, in a thread."""
@@ -130,9 +130,7 @@ def probe_directory(
             check()
             write_file(layout.staging)
         except OSError as error:
-            if error.errno in _FULL:
-                return f"{name} is full: {error.strerror}; free space there, or give it a larger disk"
-            return f"{name} cannot be written: {error.strerror}; see the permissions and mounts of its directory"
+            return disk_error(name, error).message
         return ""
 
     async def attempt() -> ProbeResult:

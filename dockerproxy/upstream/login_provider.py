@@ -7,7 +7,7 @@ at an interval, and as soon as the login is refused. The last login is kept whil
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from attrs import define, field, frozen
 from twisted.internet.defer import DeferredSemaphore
@@ -30,6 +30,7 @@ RENEWAL_INTERVAL = 600.0
 RETRY_INTERVAL = 30.0
 """Seconds until a helper is asked again that failed, has no login, or has none but the refused one."""
 
+_MAX_REPORTED = 50  # servers of one helper in a report
 _MAX_PROCESSES = 4  # helpers that run at the same time
 _MAX_LOGINS = 256  # wildcards cover any number of hosts
 
@@ -107,6 +108,34 @@ class LocalLoginProvider(LoginProvider):
         self._listed = frozenset(hosts)
         for host in self._listed:
             spawn(self.get_login(host, None, ""), f"getting the login for {host}")
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return the helpers of both settings, their hosts, and what they answered for each server of late.
+
+        The rows have ``program``, ``setting``, ``keys``, and as ``answers`` pairs of a server and a problem or ``""``.
+        """
+        keys: dict[tuple[str, str], list[str]] = {}
+        tables = (("CREDENTIAL_HELPERS", self._helpers), ("DOCKER_CONFIG_FILE", self._config_helpers))
+        for setting, table in tables:
+            for key, helper in table.entries():
+                keys.setdefault((helper, setting), []).append(str(key))
+        if self._default_helper is not None:
+            keys.setdefault((self._default_helper, "DOCKER_CONFIG_FILE"), []).append("all others")
+        covered = ((key, self._covered_logins.get(key)) for key in list(self._covered_logins))
+        known = [*self._listed_logins.items(), *covered]
+        return [
+            {
+                "program": PROGRAM_PREFIX + helper,
+                "setting": setting,
+                "keys": tuple(sorted(names)),
+                "answers": tuple(
+                    (server, answer.problem)
+                    for (other, server), answer in known
+                    if other == helper and answer is not None and answer.asked_at != float("-inf")
+                )[:_MAX_REPORTED],
+            }
+            for (helper, setting), names in keys.items()
+        ]
 
     async def get_login(self, host: Host, refused: Login | None, client: str) -> ProvidedLogin | None:
         """Return the login for `host`; see `LoginProvider`. CREDENTIAL_HELPERS wins over DOCKER_CONFIG_FILE."""

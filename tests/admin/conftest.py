@@ -19,9 +19,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from twisted.logger import LogEvent, eventAsText, globalLogPublisher
 
 from dockerproxy.admin.setup import setup_script
 
+BUSYBOX_COMMANDS = "wget sed grep cat mkdir mv cp rm rmdir tr id mktemp base64 sha256sum head tail ping timeout"
 COMMANDS = "curl sed grep cat mkdir mv cp rm rmdir tr id mktemp openssl base64 sha256sum head tail"
 
 # A service is a sleeping process. Its environment is set by the unit's drop-ins, then by the EnvironmentFile= of
@@ -54,10 +56,10 @@ class ClientHost:
     """A host to set up, with its directories and commands, and a proxy stub that serves `certificate`.
 
     `distribution` selects the trust store: ``debian``, ``fedora``, ``arch`` or ``alpine``. Alpine has OpenRC instead of
-    systemd. dockerd is installed and running.
+    systemd. dockerd is installed and running. If `busybox`, its applets are all the commands that there are.
     """
 
-    def __init__(self, root: Path, distribution: str) -> None:
+    def __init__(self, root: Path, distribution: str, *, busybox: bool = False) -> None:
         self.root = root
         self.url = ""
         self.certificate = b""
@@ -67,8 +69,8 @@ class ClientHost:
             (root / name).mkdir()
         for directory in (self.etc, self.share, self.local):
             directory.mkdir()
-        for name in COMMANDS.split():
-            executable = shutil.which(name)
+        for name in (BUSYBOX_COMMANDS if busybox else COMMANDS).split():
+            executable = shutil.which("busybox" if busybox else name)
             assert executable is not None, name
             (self.tools / name).symlink_to(executable)
         self.drop_in = self.etc / "systemd/system/docker.service.d/zz-docker-registry-proxy.conf"
@@ -172,6 +174,19 @@ class ClientHost:
         roots = (self.etc, self.share, self.local, self.root / "lib")
         paths = [path for root in roots for path in root.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.root)): path.read_text() for path in paths}
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Return the list of formatted log lines that the test produces, with their tracebacks."""
+    lines: list[str] = []
+
+    def observe(event: LogEvent) -> None:
+        lines.append(eventAsText(event))
+
+    globalLogPublisher.addObserver(observe)
+    yield lines
+    globalLogPublisher.removeObserver(observe)
 
 
 def can_mount() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,3 +98,28 @@ def test_a_pattern_matches_full_and_short_names(tmp_path: Path, pattern: str | N
         put_image(tree, repository, BOTH, "v1")
     rows = list_repositories(StoreView(CACHED, tree.layout), pattern)
     assert [row["name"] for row in rows] == names
+
+
+def test_platforms_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content never changes. One that has no platform now may only lack its configuration, and is read again."""
+    tree = HostedTree.from_layout(Layout(tmp_path))
+    configuration = json.dumps({"os": "linux", "architecture": "arm64"}).encode()
+    manifest = image(configuration, b"layer")
+    put_image(tree, REPOSITORY, manifest, "v1")
+    tree.blobs.remove(Digest.of(configuration))
+    store = StoreView(HOSTED, tree.layout)
+    assert [row["platforms"] for row in list_repositories(store)] == [[]]
+    tree.blobs.put(configuration, Digest.of(configuration))
+    assert [row["platforms"] for row in list_repositories(store)] == [["linux/arm64"]]
+
+    def fail(*arguments: Any) -> Any:
+        raise AssertionError("it is read again")
+
+    monkeypatch.setattr("dockerproxy.store.platforms.read_small", fail)
+    assert [row["platforms"] for row in list_repositories(store)] == [["linux/arm64"]]
+    tree.blobs.remove(manifest.digest)
+    assert [row["platforms"] for row in list_repositories(store)] == [[]]
+    monkeypatch.setattr("dockerproxy.store.platforms._MAX_KNOWN", 1)
+    monkeypatch.undo()
+    for number in range(3):
+        assert store.platforms.read(Digest.of(b"%d" % number), lambda: None) == ()

@@ -133,6 +133,12 @@ def test_a_viewer_gets_the_state_and_then_differences(world: World) -> None:
     entry.remove()
     world.clock.advance(1)
     assert view.events[-1]["ended"] == [first["transfers"][0]["id"]]
+    assert "completed" not in view.events[-1]
+    complete = world.add(PUBLIC_NAME)
+    world.clock.advance(1)
+    complete.remove(is_complete=True)
+    world.clock.advance(1)
+    assert view.events[-1]["ended"] == view.events[-1]["completed"] != []
     count = len(view.events)
     for _ in range(10):
         world.clock.advance(1)

@@ -154,6 +154,29 @@ def test_operations_are_recorded(harness: Harness) -> None:
     assert harness.recorded[0]["detail"] == "delete_untagged"
 
 
+def test_the_last_end_without_a_problem_is_remembered(tmp_path: Path) -> None:
+    history = OperationHistory(Records(tmp_path / "records"))
+    assert history.last_successes() == {}
+    history.record("check", {}, 100.0, 3)
+    assert history.last_successes() == {}
+    history.record("check", {}, 200.0, 0)
+    history.record("check", {"links": False}, 250.0, 0)
+    history.record("gc", {"dry_run": True}, 260.0, 0)
+    history.record("import", {}, 270.0, 0)
+    history.record("check", {}, 300.0, 1)
+    assert history.last_runs()["check"]["at"] == 300.0
+    assert history.last_successes() == {"check": 200.0, "check of the cache": 250.0}
+    again = OperationHistory(Records(tmp_path / "records"))  # of another process
+    assert again.last_successes() == history.last_successes()
+
+
+@pytest.mark.parametrize("well_at", ["yesterday", None, [1]], ids=["text", "null", "list"])
+def test_a_damaged_record_of_an_end_says_nothing(tmp_path: Path, well_at: object) -> None:
+    records = Records(tmp_path / "records")
+    records.put({"at": 1.0, "problems": 0, "well_at": well_at}, "maintenance", "gc")
+    assert OperationHistory(records).last_successes() == {}
+
+
 def test_lines_may_arrive_in_pieces(harness: Harness) -> None:
     _, outcomes = harness.start()
     for byte in json.dumps(PROGRESS).encode() + b"\n" + json.dumps(RESULT).encode() + b"\n":

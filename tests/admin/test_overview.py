@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import threading
@@ -19,16 +20,18 @@ from hypothesis import strategies as st
 from dockerproxy.admin import images, layer_places
 from dockerproxy.admin.local_overview import LocalOverview
 from dockerproxy.admin.overview import Overview, OverviewError, OverviewSources
+from dockerproxy.admin.repository_view import everybody_sees
 from dockerproxy.admin.resolver import CACHED, HOSTED, StoreView
-from dockerproxy.admin.summary import RepositorySummary, Summaries, SummaryQuery
+from dockerproxy.admin.summary import Figures, RepositorySummary, Summaries, SummaryQuery
 from dockerproxy.admin.viewer import Viewer, label_of
-from dockerproxy.cache.access import Access
+from dockerproxy.cache.access import Access, public_may_read
 from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.daemon.history import History
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.errors import BadRequest, NameUnknown, RegistryError, ServiceOverloaded
 from dockerproxy.oci.names import Digest
+from dockerproxy.store.daily_pulls import PullSums
 from dockerproxy.store.disk_access import LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
@@ -152,7 +155,7 @@ def fill(world: World) -> None:
     world.walk()
 
 
-# who sees what
+# viewers
 
 
 def test_an_anonymous_viewer_finds_no_private_name_in_any_document(world: World) -> None:
@@ -240,11 +243,32 @@ def test_a_download_of_a_private_image_has_no_name(world: World) -> None:
     assert {transfer["digest"] for transfer in transfers} == {str(Digest.of(b"nginx layer")), None}
 
 
-def test_a_private_blob_of_a_public_repository_has_no_digest(world: World) -> None:
+def test_a_private_blob_of_a_public_repository_is_a_private_image(world: World) -> None:
     fill(world)
-    world.board.for_process(0).add(f"{HUB}/library/nginx", Digest.of(b"embargoed"), 10, private=True)
-    assert str(Digest.of(b"embargoed")) not in json.dumps(world.get("transfers", ANONYMOUS))
-    assert str(Digest.of(b"embargoed")) in json.dumps(world.get("transfers"))
+    world.board.for_process(1).clear()
+    part = world.board.for_process(0)
+    part.add(f"{HUB}/library/nginx", Digest.of(b"embargoed"), 10, private=True)
+    [shown] = world.get("transfers", ANONYMOUS)["transfers"]
+    assert (shown["name"], shown["digest"], shown["private"]) == ("a private image of docker.io", None, True)
+    [shown] = world.get("transfers")["transfers"]
+    assert (shown["name"], shown["digest"]) == ("docker.io/library/nginx", str(Digest.of(b"embargoed")))
+    # A client with a login downloads a part of an image that everybody may read.
+    part.clear()
+    part.add(f"{HUB}/library/nginx", Digest.of(b"nginx"), 10, private=True)
+    [shown] = world.get("transfers", ANONYMOUS)["transfers"]
+    assert (shown["name"], shown["layer"], shown["private"]) == ("docker.io/library/nginx", 1, False)
+
+
+def test_clients_of_a_private_image_are_not_counted_with_those_of_a_public_one(world: World) -> None:
+    """Both download the same blob of one registry."""
+    fill(world)
+    world.board.for_process(1).clear()
+    for number, (name, private) in enumerate([("library/nginx", False), (f"{SECRET}/app", True)]):
+        entry = world.board.for_process(number).add(f"{HUB}/{name}", Digest.of(b"base"), 100, private=private)
+        assert entry is not None
+        entry.update(40, 100, 3)
+    assert [row["readers"] for row in world.get("transfers", ANONYMOUS)["transfers"]] == [3]
+    assert [row["readers"] for row in world.get("transfers")["transfers"]] == [6]
 
 
 def test_a_repository_that_became_private_disappears_before_the_next_walk(world: World) -> None:
@@ -255,6 +279,173 @@ def test_a_repository_that_became_private_disappears_before_the_next_walk(world:
     with pytest.raises(RegistryError):
         world.get("image", ANONYMOUS, name="docker.io/library/nginx")
     assert "nginx" not in json.dumps(world.get("transfers", ANONYMOUS))
+
+
+def test_a_repository_that_became_private_is_not_counted(world: World) -> None:
+    """Neither by a search that shows another page."""
+    fill(world)
+    for number in range(3):
+        world.put_cached(f"{HUB}/team/app{number}", platform_image("amd64", b"app %d" % number), "1")
+    world.walk()
+    before = world.get("images", ANONYMOUS, q="team", sort="name", per_page="1")
+    world.access.record_denial(f"{HUB}/team/app2", "own:1234")  # of somebody else
+    assert world.get("images", ANONYMOUS, q="team", sort="name", per_page="1")["count"] == before["count"] == 3
+    world.access.record_denial(f"{HUB}/team/app2", PUBLIC)
+    after = world.get("images", ANONYMOUS, q="team", sort="name", per_page="1")
+    assert (after["count"], after["bytes"] < before["bytes"]) == (2, True)
+    assert world.get("overview", ANONYMOUS)["repositories"]["count"] == 3
+    assert world.get("images", q="team")["count"] == 3
+    world.access.record_grant(f"{HUB}/team/app2", PUBLIC, time.time() + 1)
+    world.walk()
+    assert world.get("images", ANONYMOUS, q="team")["count"] == 3
+
+
+def test_a_repository_that_became_private_during_a_walk_is_not_counted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk has read it before, and a search has looked at the denial since."""
+    fill(world)
+
+    denied: list[str] = []
+
+    def read_and_deny(records: Records, key: str) -> bool:
+        is_public = public_may_read(records, key)
+        if is_public and not denied:
+            denied.append(key)
+            world.access.record_denial(key, PUBLIC)
+            world.summaries._search(ANONYMOUS, SummaryQuery())
+        return is_public
+
+    monkeypatch.setattr("dockerproxy.admin.summary.public_may_read", read_and_deny)
+    world.walk()
+    monkeypatch.undo()
+    assert world.get("images", ANONYMOUS)["count"] == 0
+
+
+def put_private_things(world: World) -> None:
+    """Add content that only clients with a login may read, most of it to public repositories."""
+    app, probe = f"{HUB}/acme/app", "ghcr.io/prober/app"
+    new, child = platform_image("arm64", b"new layer"), platform_image("riscv64", b"child layer")
+    for tag, manifest in (("new", new), ("listed", index(child))):
+        put_image(world.cache, app, manifest, tag)
+        world.make_private(app, manifest)
+        world.note_tag(app, tag, manifest, public=False)
+    for blob in (*new.blobs, *child.blobs, b"new layer", b"child layer"):
+        world.cache.links.unlink_layer(app, Digest.of(blob))
+        world.cache.links.link_layer(app, Digest.of(blob), Visibility.PRIVATE)
+    old = world.cache.links.tag(app, "old")
+    assert old is not None
+    world.cache.links.set_tag(app, "codename", old)
+    world.note_tag(app, "codename", PROBED, public=False)
+    # The content that the prober names is here, but only in other repositories, or in its own for others.
+    world.put_cached(f"ghcr.io/{SECRET}/app", PROBED, "v1", public=False)
+    world.cache.links.link_layer(probe, Digest.of(b"probed layer"), Visibility.PRIVATE)
+
+
+PROBED = platform_image("s390x", b"probed layer")
+
+
+def put_public_things(world: World) -> None:
+    world.put_cached(f"{HUB}/library/nginx", NGINX, "1.29")
+    world.put_cached(f"{HUB}/acme/app", platform_image("amd64", b"old layer, the longest of all"), "old")
+    # A manifest that names the content of others, which this repository does not have.
+    world.put_cached("ghcr.io/prober/app", PROBED, "v1")
+    for blob in (*PROBED.blobs, b"probed layer"):
+        world.cache.links.unlink_layer("ghcr.io/prober/app", Digest.of(blob))
+        world.cache.blobs.remove(Digest.of(blob))
+
+
+def documents(world: World, viewer: Viewer) -> dict[str, Any]:
+    """Return every document about images that the viewer can ask for."""
+    found: dict[str, Any] = {"repositories": world.get("overview", viewer)["repositories"]}
+    for sort in ("name", "size", "used", "pulls"):
+        for where in ("", "cached", "pinned"):
+            found[f"images {sort} {where}"] = world.get("images", viewer, sort=sort, where=where)
+    for name in ("docker.io/library/nginx", "docker.io/acme/app", "ghcr.io/prober/app"):
+        found[name] = world.get("image", viewer, name=name)
+        for tag in found[name]["tags"]:
+            found[f"{name}:{tag['tag']}"] = world.get("manifest", viewer, name=name, digest=tag["digest"])
+    return found
+
+
+def test_private_content_changes_no_figure_of_a_viewer_that_may_not_read_it(tmp_path: Path) -> None:
+    """Two worlds, one of which has private content, look the same."""
+    found = []
+    for has_private in (False, True):
+        world = World(tmp_path / str(has_private))
+        put_public_things(world)
+        public = {entry.key for entry in world.cache.blobs.walk()}
+        if has_private:
+            put_private_things(world)
+        for entry in world.cache.blobs.walk():
+            moment = 1_760_000_000.0 + 1000 * (entry.key not in public)
+            os.utime(world.cache.layout.blob(entry.key), (moment, moment))
+        pulls = {"docker.io/library/nginx": 5, "docker.io/acme/app": 3}
+        total = {name: number + 10 * has_private * ("acme" in name) for name, number in pulls.items()}
+        world.summaries.load_pulls = lambda total=total, pulls=pulls: PullSums(total, pulls)  # type: ignore[misc]
+        pinned = {f"{HUB}/library/nginx": ["1.29"], f"{HUB}/acme/app": ["new"] if has_private else []}
+        world.local.sources.pinned = lambda key, pinned=pinned: pinned.get(key, [])  # type: ignore[misc]
+        world.walk()
+        world.walk()  # an unchanged repository gets the times of its last use
+        found.append((documents(world, ANONYMOUS), documents(world, ADMIN)))
+    assert found[0][0] == found[1][0]
+    assert all(found[0][1][name] != found[1][1][name] for name in ("docker.io/acme/app", "ghcr.io/prober/app:v1"))
+    assert found[0][0]["docker.io/acme/app"]["image"]["size"] > 30
+
+
+def test_figures_of_content_that_became_public_follow_within_a_minute(world: World) -> None:
+    name, new = f"{HUB}/acme/app", platform_image("arm64", b"new")
+    world.put_cached(name, platform_image("amd64", b"old"), "old")
+    put_image(world.cache, name, new, "new")
+    world.make_private(name, new)
+    world.note_tag(name, "new", new, public=False)
+    world.walk()
+    assert world.get("images", ANONYMOUS)["images"][0]["platforms"] == ["linux/amd64"]
+    world.cache.links.link_manifest(name, new.digest, new.media_type)
+    world.note_tag(name, "new", new, public=True)
+    world.summaries._rows[CACHED][name].read_at -= 61
+    world.walk()
+    [row] = world.get("images", ANONYMOUS)["images"]
+    assert (row["platforms"], row["tags"]) == (["linux/amd64", "linux/arm64"], 2)
+
+
+def test_a_public_repository_of_which_only_private_content_is_here_is_not_listed(world: World) -> None:
+    new = platform_image("arm64", b"new")
+    world.put_cached(f"{HUB}/acme/app", new, "new", public=False)
+    for blob in (*new.blobs, b"new"):
+        world.cache.links.unlink_layer(f"{HUB}/acme/app", Digest.of(blob))
+        world.cache.links.link_layer(f"{HUB}/acme/app", Digest.of(blob), Visibility.PRIVATE)
+    world.access.record_grant(f"{HUB}/acme/app", PUBLIC, time.time() - 5)
+    world.walk()
+    assert (world.names(ANONYMOUS), world.names(ADMIN)) == ([], ["docker.io/acme/app"])
+    assert world.get("overview", ANONYMOUS)["repositories"]["count"] == 0
+    with pytest.raises(RegistryError):
+        world.get("image", ANONYMOUS, name="docker.io/acme/app")
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "expected"),
+    [
+        ("docker.io/acme/app", "old", True),
+        ("docker.io/acme/app", str(NGINX.digest), True),
+        ("docker.io/acme/app", "new", False),
+        ("docker.io/acme/app", str(PRIVATE.digest), False),
+        ("docker.io/acme/app", "missing", False),
+        ("docker.io/acme/app", "sha256:x", False),
+        ("docker.io/acme/app", "../..", False),
+        ("docker.io/no/such", "old", False),
+        ("no name", "old", False),
+    ],
+)
+def test_a_pull_is_public_if_upstream_sent_its_image_to_everybody(
+    world: World, name: str, reference: str, expected: bool
+) -> None:
+    world.put_cached(f"{HUB}/acme/app", NGINX, "old")
+    put_image(world.cache, f"{HUB}/acme/app", PRIVATE, "new")
+    world.make_private(f"{HUB}/acme/app", PRIVATE)
+    world.note_tag(f"{HUB}/acme/app", "new", PRIVATE, public=False)
+    store = StoreView(CACHED, world.cache.layout)
+    assert everybody_sees(store, world.records, name, reference) is expected
 
 
 def test_private_contents_of_a_public_repository_are_not_shown(world: World) -> None:
@@ -486,7 +677,7 @@ def test_the_place_of_private_content_is_not_told(world: World) -> None:
     part = world.board.for_process(0)
     part.add(name, Digest.of(b"new"), 3, private=True)
     assert places(world, ADMIN) == {name: (SECRET, 1, 1, None)}
-    assert places(world, ANONYMOUS) == {name: (None, None, None, None)}
+    assert places(world, ANONYMOUS) == {"a private image of ghcr.io": (None, None, None, None)}
     # A name that only a login saw, for content that everybody may read.
     world.cache.links.remove_tag(name, "old")
     world.cache.links.set_tag(name, f"{SECRET}2", old.digest)
@@ -552,7 +743,8 @@ def test_every_answer_fits_into_a_message(world: World) -> None:
     rows = world.summaries._rows[CACHED]
     for number in range(300):
         name = f"ghcr.io/{'n' * 240}/{number}"
-        rows[name] = RepositorySummary(CACHED, name, name, platforms=("linux/" + "a" * 40,) * 16, size=2**60)
+        figures = Figures(platforms=("linux/" + "a" * 40,) * 16, size=2**60)
+        rows[name] = RepositorySummary(CACHED, name, name, figures)
     manifest = image(b"config", *(b"layer %d" % number for number in range(300)))
     put_image(world.hosted, "team/app", ManifestTree(manifest.media_type, manifest.data))
     links = Links(world.hosted.layout, durable=False)
@@ -632,7 +824,7 @@ def test_search_sort_and_pages(world: World) -> None:
     names = [f"ghcr.io/team-{'even' if number % 2 == 0 else 'odd'}/app{number:02}" for number in range(25)]
     world.set_rows(
         [
-            RepositorySummary(CACHED, name, name, size=number, last_used=100.0 - number)
+            RepositorySummary(CACHED, name, name, Figures(size=number, last_used=100.0 - number))
             for number, name in enumerate(names)
         ]
     )
@@ -646,7 +838,7 @@ def test_search_sort_and_pages(world: World) -> None:
     assert [row["size"] for row in answer["images"]] == [11, 13, 15, 17, 19]
     assert (answer["count"], answer["bytes"], answer["pages"]) == (5, 75, 1)
     assert world.names(page="1000000") == []
-    world.local.sources.is_pinned = world.summaries.is_pinned = lambda key, tag=None: key.endswith("app03")
+    world.local.sources.pinned = lambda key: ["v1"] if key.endswith("app03") else []
     assert world.names(where="pinned") == ["ghcr.io/team-odd/app03"]
     assert world.names(where="hosted") == []
 
@@ -662,7 +854,7 @@ def test_any_search_is_a_result_or_a_400(text: str) -> None:
 
 
 def test_pulls_are_shown_if_they_are_counted(world: World) -> None:
-    world.summaries.load_pulls = lambda: {"docker.io/library/nginx": 18_230, "hosted/platform/base": 7}
+    world.summaries.load_pulls = lambda: PullSums({"docker.io/library/nginx": 18_230, "hosted/platform/base": 7})
     fill(world)
     rows = world.get("images", sort="pulls")["images"]
     assert [(row["name"], row["pulls"]) for row in rows] == [
@@ -675,11 +867,12 @@ def test_a_search_of_ten_thousand_repositories_takes_milliseconds(world: World) 
     random.Random(1).shuffle(names)
     world.set_rows(
         [
-            RepositorySummary(CACHED, name, name, size=number, last_used=float(number), is_public=True)
+            RepositorySummary(CACHED, name, name, figures, figures, is_public=True)
             for number, name in enumerate(names)
+            for figures in [Figures(size=number + 1, last_used=float(number))]
         ]
     )
-    assert world.get("images")["count"] == 10_000
+    assert world.get("images")["count"] == world.get("images", ANONYMOUS)["count"] == 10_000
     times = []
     for query in ("77", "service", "", "team5 9", "nothing at all"):
         for viewer in (ADMIN, ANONYMOUS):

@@ -44,6 +44,33 @@ def test_a_download_is_on_the_board_until_it_ends(make_harness: Callable[..., Ca
     response.send_rest()
     harness.advance(1)
     assert harness.board.rows() == []
+    assert harness.board.is_complete(row.id)
+
+
+def test_a_download_that_failed_is_not_complete(make_harness: Callable[..., CacheHarness]) -> None:
+    harness = make_harness()
+    start(harness)
+    row = only_row(harness)
+    harness.upstream.go_down()
+    harness.upstream.responses[-1].disconnect()
+    harness.advance(60)
+    assert harness.board.rows() == []
+    assert not harness.board.is_complete(row.id)
+
+
+def test_the_last_complete_downloads_are_known() -> None:
+    board = Board.make(2)
+    parts = [board.for_process(number) for number in range(2)]
+    ids = []
+    for number in range(100):
+        entry = parts[number % 2].add("a/b", Digest.of(b"%d" % number), 1, private=False)
+        assert entry is not None
+        [row] = board.rows()
+        ids.append(row.id)
+        entry.remove(is_complete=number % 10 != 9)
+    assert [board.is_complete(identifier) for identifier in ids[-20:]] == [number % 10 != 9 for number in range(20)]
+    parts[0] = board.for_process(0)  # the process has been replaced
+    assert not board.is_complete(ids[98]) and board.is_complete(ids[97])
 
 
 def test_a_download_for_a_login_is_private(make_harness: Callable[..., CacheHarness]) -> None:

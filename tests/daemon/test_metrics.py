@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from dockerproxy.daemon.exposition import Gauge, measured_gauges, rate_limit_gauges, render
+from dockerproxy.daemon.exposition import (
+    ANONYMOUS,
+    CONFIGURED,
+    Gauge,
+    measured_gauges,
+    operation_gauge,
+    rate_limit_gauges,
+    render,
+)
 from dockerproxy.daemon.metrics import BUCKETS, CACHE_STATUSES, KINDS, REFUSING_SETTINGS, TUNNELS, Metrics
 from dockerproxy.settings import Settings
 
@@ -251,12 +259,27 @@ def test_what_registries_do() -> None:
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 def test_rate_limits(accept: str) -> None:
     hub = {"limit": 100, "remaining": 34, "window": 21600, "refused_until": 0.0, "source": "192.0.2.7"}
+    login = {**hub, "limit": 200}
     quay = {"limit": None, "remaining": None, "window": None, "refused_until": 1.8e9, "source": None}
-    gauges: Any = rate_limit_gauges({"docker.io": hub, "quay.io": quay})  # type: ignore[dict-item]
+    gauges: Any = rate_limit_gauges(
+        {("docker.io", ANONYMOUS): hub, ("docker.io", CONFIGURED): login, ("quay.io", ANONYMOUS): quay}  # type: ignore[dict-item]
+    )
     samples = nonzero(scrape(Metrics.make(1), accept, gauges))
     assert samples == {
-        "ratelimit_limit docker.io": 100,
-        "ratelimit_remaining docker.io": 34,
-        "ratelimit_window_seconds docker.io": 21600,
-        "ratelimit_refused_until_timestamp_seconds quay.io": 1.8e9,
+        "ratelimit_limit anonymous docker.io": 100,
+        "ratelimit_limit configured docker.io": 200,
+        "ratelimit_remaining anonymous docker.io": 34,
+        "ratelimit_remaining configured docker.io": 34,
+        "ratelimit_window_seconds anonymous docker.io": 21600,
+        "ratelimit_window_seconds configured docker.io": 21600,
+        "ratelimit_refused_until_timestamp_seconds anonymous quay.io": 1.8e9,
+    }
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+def test_the_ends_of_operations(accept: str) -> None:
+    gauge = operation_gauge({"gc": 1.7e9, "check of the cache": 1.8e9})
+    assert nonzero(scrape(Metrics.make(1), accept, [gauge])) == {
+        "operation_end_timestamp_seconds gc": 1.7e9,
+        "operation_end_timestamp_seconds check_of_the_cache": 1.8e9,
     }

@@ -118,5 +118,5 @@ def test_hosts_that_are_not_configured_are_not_named(page: Page) -> None:
         limits.note(Registry.parse(name), PUBLIC, "GET", 429, Headers([("Retry-After", "60")]))
     request = FakeRequest()
     page.get(request)
-    assert 'ratelimit_refused_until_timestamp_seconds{registry="quay.io"}' in request.content
+    assert 'ratelimit_refused_until_timestamp_seconds{login="anonymous",registry="quay.io"}' in request.content
     assert "secret" not in request.content

@@ -1,4 +1,4 @@
-"""A daemon whose log nobody reads goes on serving clients, and says later how many lines were dropped."""
+"""A daemon with a log that nobody reads goes on serving clients, and says later how many lines were dropped."""
 
 from __future__ import annotations
 

@@ -320,3 +320,55 @@ def test_the_members_of_a_fleet() -> None:
     assert finding.level == WARN and finding.sentence == "the member 10.0.0.2:3128 is down: connection refused"
     assert not finding.is_public  # addresses are nobody's business
     assert levels(checks.check_fleet({"10.0.0.2:3128": "up"})) == [WARN]
+
+
+def test_wildcards_say_what_was_not_examined() -> None:
+    facts = [
+        checks.WildcardFacts("*.pkg.dev"),
+        checks.WildcardFacts("*.azurecr.io", setting="AUTH_REGISTRIES"),
+        checks.WildcardFacts("*.example.com", used=2, asked=2),
+        checks.WildcardFacts("*.amazonaws.com", used=30, asked=5),
+    ]
+    findings = list(checks.check_wildcards(facts))
+    assert [finding.sentence for finding in findings] == [
+        "*.pkg.dev has not been used yet, so none of its hosts was asked",
+        "*.azurecr.io has not been used yet, so none of its hosts was asked, and the login for it in AUTH_REGISTRIES"
+        " was not tried",
+        "*.example.com: each host that has been used was asked (2)",
+        "*.amazonaws.com: 5 of the 30 hosts that have been used were asked",
+    ]
+    assert levels(findings) == [OK] * 4
+    assert not any(finding.is_public for finding in findings)
+
+
+def test_credential_helpers() -> None:
+    gcr, ecr = "docker-credential-gcr", "docker-credential-ecr-login"
+    failing = (("a.pkg.dev", ""), ("b.pkg.dev", "exited with the status 1: no token"), ("c.pkg.dev", "took too long"))
+    facts = [
+        checks.HelperFacts(gcr, "CREDENTIAL_HELPERS", ("*.pkg.dev",), failing),
+        checks.HelperFacts(ecr, "DOCKER_CONFIG_FILE", ("*.amazonaws.com", "x.example")),
+        checks.HelperFacts(gcr, "CREDENTIAL_HELPERS", ("gcr.io",), (("gcr.io", ""),)),
+    ]
+    findings = list(checks.check_helpers(facts))
+    assert levels(findings) == [BAD, OK, OK]
+    assert [finding.sentence for finding in findings] == [
+        f"{gcr} exited with the status 1: no token, for b.pkg.dev (and 1 more)",
+        f"{ecr} (DOCKER_CONFIG_FILE) was not asked yet, because no host of *.amazonaws.com, x.example has been used",
+        f"{gcr} works for gcr.io",
+    ]
+    assert not any(finding.is_public for finding in findings)
+
+
+def test_members_that_were_asked() -> None:
+    facts = [
+        checks.MemberFacts("10.0.0.2:3128"),
+        checks.MemberFacts("10.0.0.3:3128", "Connection refused"),
+        checks.MemberFacts("10.0.0.4:3128", has_same_ca=False),
+    ]
+    findings = list(checks.check_members(facts))
+    assert [(finding.level, finding.subject) for finding in findings] == [
+        (OK, "10.0.0.2:3128"), (WARN, "10.0.0.3:3128"), (BAD, "10.0.0.4:3128"),
+    ]  # fmt: skip
+    assert "does not answer: Connection refused" in findings[1].sentence
+    assert "another CA" in findings[2].sentence
+    assert not any(finding.is_public for finding in findings)

@@ -19,11 +19,13 @@ from dockerproxy.doctor.registries import (
     parse_date,
     realm_of,
     registry_facts,
+    used_registries,
 )
 from dockerproxy.doctor.run import NETWORK_LIMIT
 from dockerproxy.errors import UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.challenge import parse_challenges
+from dockerproxy.oci.host_table import RegistryWildcard
 from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.agent import Examination
 
@@ -133,6 +135,9 @@ class SilentWorld:
         await Deferred()
         raise AssertionError
 
+    def needs_provider(self, registry: Registry) -> bool:
+        return False
+
     def configured_login(self, registry: Registry) -> Any:
         return "alice"
 
@@ -169,3 +174,14 @@ def test_any_number_of_silent_registries_are_examined_in_time() -> None:
     assert len(registries) == 201 and all(facts.error for facts in registries)
     assert registries[199].error == "it was not asked, because others took too long"
     assert registries[0].error == registries[100].error == "no answer"
+
+
+def test_hosts_of_wildcards_are_those_that_were_used() -> None:
+    wide, plain = RegistryWildcard.parse("*.pkg.dev"), RegistryWildcard.parse("http://*.internal:5000")
+    used = ["b.pkg.dev", "quay.io", "own.pkg.dev", "a.pkg.dev", "x.y.pkg.dev", "one.internal:5000", "two.internal", "~"]
+    found = used_registries([wide, plain], [Registry.parse("own.pkg.dev")], used)
+    assert {str(wildcard): [registry.origin for registry in registries] for wildcard, registries in found.items()} == {
+        "*.pkg.dev": ["https://b.pkg.dev", "https://a.pkg.dev"],
+        "*.internal:5000": ["http://one.internal:5000"],
+    }
+    assert used_registries([], [], used) == {}

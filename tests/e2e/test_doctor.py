@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import FakeRegistry, respond_html, respond_status
+from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.pki import UpstreamCA
@@ -199,7 +200,7 @@ def test_each_fault_is_named_and_nothing_else(
         "disk REGISTRY_DIR": "REGISTRY_DIR cannot be written: No such file or directory",
         "ca CA_DIR": "ca.key can be read by other users of this machine",
         "clients": "127.0.0.1 (",
-        "name no-such-host.invalid": "no-such-host.invalid has no address on this machine",
+        "name no-such-host.invalid": "no-such-host.invalid cannot be resolved on this machine",
         "proxy HTTPS_PROXY": f"HTTPS_PROXY is 127.0.0.1:{daemon.port}, which is this proxy itself",
         "files": "each process may have only 1000 files open",
         "maintenance check of the cache": "found 1 problem",
@@ -216,3 +217,33 @@ def test_each_fault_is_named_and_nothing_else(
     text = doctor(daemon)
     assert text.returncode == 1
     assert text.stdout.startswith("bad   ")
+
+
+def sentences(daemon: TwistdDaemon) -> list[str]:
+    return [finding["sentence"] for finding in json.loads(doctor(daemon, "--json").stdout)["findings"]]
+
+
+def test_wildcards_are_examined_as_far_as_they_can_be(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """Nobody knows which hosts a wildcard covers: those that have been used are asked, and the doctor says it."""
+    daemon = start_daemon(
+        REGISTRIES="*.wild.test fake.test",
+        UPSTREAM_ADDRESSES=format_upstream_addresses({**upstreams.addresses, "a.wild.test:443": upstreams.fake.port}),
+        VERIFY_SSL="false",
+        CREDENTIAL_HELPERS="*.wild.test:none-such",
+    )
+    found = sentences(daemon)
+    assert (
+        "*.wild.test has not been used yet, so none of its hosts was asked, and the login for it in CREDENTIAL_HELPERS"
+        " was not tried" in found
+    )
+    helper = "docker-credential-none-such (CREDENTIAL_HELPERS) was not asked yet, because no host of *.wild.test has"
+    assert any(sentence.startswith(helper) for sentence in found)
+    digest = upstreams.fake.put_blob("doctor/wild", b"of a host of the wildcard")
+    assert daemon.client.get(f"https://a.wild.test/v2/doctor/wild/blobs/{digest}").status == 200
+    time.sleep(2.1)  # a report counts for two seconds
+    found = sentences(daemon)
+    assert "*.wild.test: each host that has been used was asked (1)" in found
+    assert any(sentence.startswith("a.wild.test answers in ") for sentence in found)
+    # It is nobody's to know but the administrator's.
+    response = request_directly("GET", f"{daemon.url}/doctor", {"Accept": "text/html"})
+    assert response.status == 200 and b"wild.test" not in response.body

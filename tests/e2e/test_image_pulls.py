@@ -23,7 +23,7 @@ from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after, respond_corrupted, respond_status
 from tests.e2e.harness.http_server import HTTPExchange
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage, TypedContent
-from tests.e2e.harness.process import wait_until
+from tests.e2e.harness.process import mount_tmpfs, wait_until
 from tests.e2e.harness.upstreams import FAKE, Upstreams
 
 MIB = 1 << 20
@@ -103,7 +103,7 @@ def test_one_platform_of_an_index(upstreams: Upstreams, start_daemon: StartDaemo
     children = put_index(upstreams, "pulled/platforms")
     output = run_well(daemon, "pull", "fake.test/pulled/platforms:v1", "--platform", "linux/arm64")
     assert "1 image: 0 B to download, and 1 image of unknown size" in output
-    assert "fake.test/pulled/platforms:v1: done, " in output and "1 of 1 image here" in output
+    assert "fake.test/pulled/platforms:v1: done, " in output and "1 of 1 image in the cache" in output
     assert sorted(fetched_blobs(upstreams, "pulled/platforms")) == sorted(digests(children["arm64"]))
     requests = len(upstreams.fake.requests)
     for blob in children["arm64"].blobs:
@@ -118,6 +118,43 @@ def test_one_platform_of_an_index(upstreams: Upstreams, start_daemon: StartDaemo
     assert "it has no linux/riscv64, but linux/amd64, linux/arm64, linux/s390x" in result.output
     run_well(daemon, "pull", "fake.test/pulled/platforms:v1", "--platform", "all")
     assert len(fetched_blobs(upstreams, "pulled/platforms")) == 9
+
+
+def test_an_image_of_another_platform(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
+    """Without an index, its configuration says for which platform it is."""
+    daemon = start_daemon()
+    image = images.build_small_image("another platform", size=1000)  # of linux/amd64
+    upstreams.fake.put("pulled/single", "v1", image)
+    name = "fake.test/pulled/single:v1"
+    for command in ("pull", "pin"):
+        result = run(daemon, command, name, "--platform", "linux/arm/v7")
+        assert result.status == 1
+        assert f"{name}: failed: {name}: it has no linux/arm, but linux/amd64" in result.output
+    assert fetched_blobs(upstreams, "pulled/single") == [image.blobs[0].digest]
+    assert run(daemon, "pull", name, "--platform", "linux/arm/v7", "--dry-run").status == 1
+    assert json.loads(run_well(daemon, "pins", "--json"))["pins"] == []
+    run_well(daemon, "pull", name, "--platform", "linux/amd64")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return the mount point of a file system of 8 MiB."""
+    with mount_tmpfs(tmp_path / "disk", "8m") as folder:
+        yield folder
+
+
+def test_a_full_disk_is_named(upstreams: Upstreams, start_daemon: StartDaemon, small_disk: Path) -> None:
+    daemon = start_daemon(CACHE_DIR=str(small_disk))
+    upstreams.fake.put("pulled/large", "v1", images.build_small_image("a large one", size=20 * MIB, layers=1))
+    for command in ("pull", "pin"):
+        result = run(daemon, command, "fake.test/pulled/large:v1")
+        assert result.status == 1
+        sentence = "that are kept free; free space there, or give it a larger disk"
+        assert "CACHE_DIR is full: its disk lacks " in result.output and sentence in result.output
+    (row,) = json.loads(run_well(daemon, "pins", "--json"))["pins"]
+    assert sentence in row["error"]
+    assert "Traceback" not in daemon.output_text
+    run_well(daemon, "unpin", "fake.test/pulled/large:v1")
 
 
 def test_after_a_crash_only_the_rest_is_fetched(upstreams: Upstreams, start_daemon: StartDaemon) -> None:
@@ -220,12 +257,12 @@ def test_a_pull_is_cancelled(upstreams: Upstreams, start_daemon: StartDaemon) ->
     assert "the daemon goes on; `dockerproxy pull --cancel IMAGE` ends the pull of an image" in errors
     result = run(daemon, "pull", "--cancel", name, "fake.test/pulled/other:v1")
     assert result.status == 4 and "fake.test/pulled/other:v1 is not being pulled" in result.errors
-    assert run_well(daemon, "pull", "--cancel", name) == f"{name} is no longer pulled\n"
+    assert run_well(daemon, "pull", "--cancel", name) == f"the pull of {name} was cancelled\n"
     output, _ = other.communicate(timeout=60)
     assert other.returncode == 1
     assert f"{name}: failed: root at the control socket cancelled it; pull it again to go on" in output
     gate.set()
-    assert "1 of 1 image here" in run_well(daemon, "pull", name)
+    assert "1 of 1 image in the cache" in run_well(daemon, "pull", name)
 
 
 class Budget:
@@ -687,7 +724,7 @@ def test_bars_on_a_terminal(upstreams: Upstreams, start_daemon: StartDaemon) -> 
     text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", output).decode()
     assert re.search(r"fake\.test/pulled/bars:v1 .*━━━.* done", text)
     assert "failed: fake.test has no pulled/none:v1" in text
-    assert "1 of 2 images here" in text
+    assert "1 of 2 images in the cache" in text
 
 
 def read_terminal(controller: int) -> bytes:
@@ -771,7 +808,7 @@ def test_registries_that_lie(upstreams: Upstreams, start_daemon: StartDaemon) ->
     for name, sentence in sentences.items():
         (line,) = [line for line in result.output.splitlines() if line.startswith(f"fake.test/lies/{name}:v1: failed")]
         assert sentence in line
-    assert "0 of 7 images here" in result.output
+    assert "0 of 7 images in the cache" in result.output
     upstreams.fake.reset_rules()
     run_well(daemon, "pull", "fake.test/lies/corrupt:v1")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 
+from bench.servers import free_port
 from tests.e2e.harness import images
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.fake_registry import pause_after
@@ -137,9 +143,10 @@ def test_a_registrys_rate_limit(upstreams: Upstreams, start_daemon: StartDaemon,
     assert daemon.client.get(f"{url}/new", Accept=ACCEPT_MANIFESTS).status == 429
     assert len(upstreams.fake.find_requests("GET", f"/v2/{name}/manifests/new")) == 1
     samples = scrape(daemon)
-    assert samples['ratelimit_limit{registry="fake.test"}'] == 100
-    assert samples['ratelimit_remaining{registry="fake.test"}'] == 0
-    assert samples['ratelimit_refused_until_timestamp_seconds{registry="fake.test"}'] > time.time()
+    assert samples['ratelimit_limit{login="anonymous",registry="fake.test"}'] == 100
+    assert samples['ratelimit_remaining{login="anonymous",registry="fake.test"}'] == 0
+    refused_until = samples['ratelimit_refused_until_timestamp_seconds{login="anonymous",registry="fake.test"}']
+    assert refused_until > time.time()
 
 
 def refuse_for_an_hour(exchange: HTTPExchange, content: TypedContent | None) -> None:
@@ -214,3 +221,67 @@ def test_requests_for_tokens_are_counted(upstreams: Upstreams, start_daemon: Sta
         if name.startswith("upstream_requests_total") and 'kind="token"' in name and 'registry="docker.io"' in name
     ]
     assert sum(counted) >= 1
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+PROMETHEUS = """
+global: {scrape_interval: 200ms, evaluation_interval: 200ms}
+rule_files: [%s]
+scrape_configs: [{job_name: docker-registry-proxy, static_configs: [{targets: ["%s"]}]}]
+"""
+
+
+def test_a_real_prometheus(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """It prefers OpenMetrics, takes every metric, and evaluates the rules of the examples over them."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed; `make test-programs` installs it")
+    daemon = start_daemon()
+    digest = upstreams.fake.put_blob("metrics/scraped", images.random_bytes(10_000, "scraped"))
+    for _ in range(2):
+        assert daemon.client.get(f"{FAKE}/v2/metrics/scraped/blobs/{digest}").status == 200
+    port, configuration = free_port(), tmp_path / "prometheus.yml"
+    configuration.write_text(
+        PROMETHEUS % (EXAMPLES / "dockerproxy.rules.yml", daemon.url.removeprefix("http://").rstrip("/"))
+    )
+
+    def ask(path: str) -> Any:
+        response = request_directly("GET", f"http://127.0.0.1:{port}/api/v1/{path}")
+        return json.loads(response.body)["data"] if response.status == 200 else {}
+
+    def query(expression: str) -> list[Any]:
+        found: list[Any] = ask(f"query?query={quote(expression)}").get("result", [])
+        return found
+
+    def is_scraped() -> bool:
+        try:
+            return bool(query("dockerproxy_workers"))
+        except OSError:
+            return False  # it is starting
+
+    def rules() -> list[Any]:
+        return [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+
+    with subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={configuration}",
+            f"--storage.tsdb.path={tmp_path}/data",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=error",
+        ]
+    ) as prometheus:
+        try:
+            wait_until(is_scraped, "the metrics are scraped")
+            (target,) = ask("targets")["activeTargets"]
+            assert (target["health"], target["lastError"]) == ("up", "")
+            names = {row["metric"]["__name__"] for row in query("{job='docker-registry-proxy'}")}
+            assert names > {
+                f"dockerproxy_{name.partition('{')[0]}" for name in scrape(daemon) if "process_" not in name
+            }
+            (hits,) = query("dockerproxy_requests_total{registry='fake.test',verdict='HIT'}")
+            assert hits["value"][1] == "1"
+            wait_until(lambda: all(rule["evaluationTime"] > 0 for rule in rules()), "the rules are evaluated")
+            assert {(rule["health"], rule.get("lastError", "")) for rule in rules()} == {("ok", "")}
+        finally:
+            prometheus.terminate()

@@ -408,3 +408,130 @@ def test_page_off_is_as_before(start_daemon: StartDaemon) -> None:
     for path in ("/images", "/doctor", "/login", "/assets/page.css", "/api/v1/overview"):
         assert visitor.get(path).status == 404, path
     assert visitor.post("/login", {}).status == 404
+
+
+PARAMETERS = {
+    "/": ("range", "done"),
+    "/images": ("q", "sort", "order", "page", "where", "done", "per_page"),
+    "/images/fake.test/page/odd": ("tag", "platform", "page", "where", "confirm", "done"),
+    "/registries": ("range",),
+    "/registries/fake.test": ("range",),
+    "/clients": ("engine",),
+    "/doctor": ("done",),
+    "/login": ("next", "link"),
+    "/api/v1/overview": ("range",),
+    "/api/v1/registries": ("range",),
+    "/api/v1/registry": ("name", "range"),
+    "/api/v1/traffic": ("range", "registry"),
+    "/api/v1/transfers": ("x",),
+    "/api/v1/budget": ("x",),
+    "/api/v1/status": ("x",),
+    "/api/v1/images": ("q", "sort", "order", "page", "per_page", "where"),
+    "/api/v1/image": ("name", "where", "page"),
+    "/api/v1/manifest": ("name", "digest", "where"),
+}
+"""Each page and each resource of the API, and their parameters."""
+
+MARKUP = "%3Cscript%3Ealert(1)%3C/script%3E%22%27"
+ODD = (
+    "",
+    "+",
+    "x" * 1000,
+    "x" * 10_000,
+    "%C3%A9" * 300,
+    "%00",
+    "a%00b",
+    "%FF",
+    "%C3%28",
+    "%ED%A0%80",
+    "%",
+    "%zz",
+    "%u0041",
+    MARKUP,
+    "-1",
+    "0",
+    "1e9",
+    "1.5",
+    "NaN",
+    "9" * 30,
+    "%D9%A1",
+    "..%2F..%2Fetc%2Fpasswd",
+    "%E2%80%AE",
+    "%0D%0ASet-Cookie:x",
+    "javascript:alert(1)",
+    "//elsewhere.example",
+    "*",
+    "%5B%5D",
+    "sha256:" + "0" * 64,
+    "%F0%9F%90%8B",
+    "a=b",
+    "null",
+)
+ODD_PATHS = (
+    "/images/%00",
+    "/images/%FF",
+    "/images/%zz",
+    "/images/" + "a/" * 300,
+    "/images/" + "x" * 5000,
+    "/images/..%2F..",
+    "/images//",
+    f"/images/{MARKUP}",
+    "/images/%E2%80%AE",
+    "/registries/%2E%2E",
+    "/registries/" + "x" * 5000,
+    f"/registries/{MARKUP}",
+    "/registries/%FF",
+    "/api/v1/",
+    "/api/v1/images/more",
+    "/api/v1/%00",
+    "/api/v1/..%2Fstatus",
+    f"/api/v1/{MARKUP}",
+    "/assets/",
+    "/assets/..%2Fpage.py",
+    "/assets/%FF",
+    "/login/",
+    "/doctor/x",
+    "/clients/%00",
+)
+
+
+def test_odd_parameters_are_a_result_or_a_400(upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Every parameter of every page and resource, sent by a visitor or by an administrator."""
+    daemon = start_daemon()
+    image = images.build_small_image("odd", size=1000)
+    upstreams.fake.put("page/odd", "1", image)
+    pull(daemon, "page/odd", image)
+    wait_until(lambda: ask_control_socket(daemon, "images")["count"] == 1, "the repository is listed", timeout=60)
+    administrator = Visitor(daemon)
+    administrator.sign_in_by_link()
+    queries = [f"{path}?{name}={value}" for path, names in PARAMETERS.items() for name in names for value in ODD]
+    queries += [f"{path}?{name}=1&{name}=2" for path, names in PARAMETERS.items() for name in names]
+    queries += [f"{path}?{MARKUP}={MARKUP}&&=&x" for path in PARAMETERS]
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
+    statuses: dict[int, int] = {}
+    try:
+        for number, path in enumerate((*queries, *ODD_PATHS)):
+            is_api, cookie = path.startswith("/api/"), (administrator.cookie if number % 2 else "")
+            connection.request("GET", path, headers={"Accept": "text/html", "Cookie": cookie})
+            response = read_response(connection.getresponse())
+            # A name of nothing is a 404.
+            is_name = "?" not in path or re.match(r"/api/v1/(?:registry|traffic|image|manifest)\?", path)
+            allowed = (200, 400, 404) if is_name else (200, 400)
+            assert response.status in allowed, (path, response.status, response.body[:500])
+            assert is_api or b"<script>alert" not in response.body, path
+            assert response.headers.get("set-cookie") != "x", path
+            assert response.headers["content-type"].startswith("application/json" if is_api else "text/"), path
+            if is_api:
+                json.loads(response.body)
+            statuses[response.status] = statuses.get(response.status, 0) + 1
+    finally:
+        connection.close()
+    assert statuses[200] > 300 and statuses[400] > 300, statuses
+    assert "Traceback" not in daemon.output_text
+
+
+@pytest.mark.parametrize("path", ["/images?q=" + "%C3%A9" * 30, "/images?page=0", "/images?sort=password"])
+def test_a_page_that_is_refused_is_still_a_page(start_daemon: StartDaemon, path: str) -> None:
+    response = Visitor(start_daemon()).get(path)
+    assert response.status == (200 if "q=" in path else 400)
+    assert response.body.startswith(b"<!doctype html>")

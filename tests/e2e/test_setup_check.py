@@ -1,4 +1,4 @@
-"""`setup | sh -s -- --check` against a real daemon, on the file trees of three distributions with their shells.
+"""`setup | sh -s -- --check` against a real daemon, on the file trees of three distributions.
 
 The hosts are those of the set-up script's own tests: mount namespaces, in which the engine is a process that sleeps.
 """
@@ -21,26 +21,55 @@ from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.upstreams import Upstreams
 
-BUNDLES = {"debian": "ssl/certs/ca-certificates.crt", "alpine": "ssl/certs/ca-certificates.crt"}
-BUNDLES["fedora"] = "pki/tls/certs/ca-bundle.crt"
+# The file with all certificates that programs trust, the directory of the administrator's, and a link to the former.
+STORES = {
+    "debian": ("ssl/certs/ca-certificates.crt", "/usr/local/share/ca-certificates", ""),
+    "alpine": ("ssl/certs/ca-certificates.crt", "/usr/local/share/ca-certificates", "ssl/cert.pem"),
+    "fedora": (
+        "pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+        "/etc/pki/ca-trust/source/anchors",
+        "pki/tls/certs/ca-bundle.crt",
+    ),
+}  # fmt: skip
 
-SHELLS = {"debian": ["dash"], "alpine": ["busybox", "ash"], "fedora": ["bash", "--posix"]}
+TREES = {
+    "debian": ("debian", ["dash"], False),
+    "alpine": ("alpine", ["busybox", "ash"], True),
+    "fedora": ("fedora", ["bash", "--posix"], False),
+    "alpine-dash": ("alpine", ["dash"], True),
+    "fedora-dash": ("fedora", ["dash"], False),
+}
+"""The distribution, the shell, and whether busybox has all the commands."""
+
+NAME = "docker-registry.local"
 
 
 class CheckedHost:
     """A host that the real script has set up for `daemon`, whose engine has the environment that the script gave it."""
 
-    def __init__(self, root: Path, distribution: str, daemon: TwistdDaemon) -> None:
-        self.host = ClientHost(root, distribution)
+    def __init__(self, root: Path, tree: str, daemon: TwistdDaemon) -> None:
+        distribution, self.shell, busybox = TREES[tree]
+        self.host = ClientHost(root, distribution, busybox=busybox)
         self.host.url = daemon.url + "/"
         self.daemon = daemon
-        self.shell = SHELLS[distribution]
         self.script = request_directly("GET", daemon.url + "/setup").body.decode()
-        self.bundle = self.host.etc / BUNDLES[distribution]
+        bundle, anchors, link = STORES[distribution]
+        self.bundle = self.host.etc / bundle
         self.bundle.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            (self.host.etc / link).parent.mkdir(parents=True, exist_ok=True)
+            (self.host.etc / link).symlink_to(self.bundle)
+        # The real commands build the file of what is in the directories.
+        command = "update-ca-trust" if distribution == "fedora" else "update-ca-certificates"
+        self.host.tool(command, f"echo '# others'\ncat {anchors}/*.crt >/etc/{bundle}")
+        for name in () if busybox else ("getent",):
+            executable = shutil.which(name)
+            assert executable is not None
+            (self.host.tools / name).symlink_to(executable)
+        (self.host.etc / "hosts").write_text(f"127.0.0.1 localhost {NAME}\n")
         result = self.host.run(self.shell, script=self.script)
         assert result.returncode == 0, result.stderr
-        self.trust(daemon.ca_file.read_bytes())
+        assert daemon.ca_file.read_bytes() in self.bundle.read_bytes()
         self.restart_engine(self.environment)
 
     @property
@@ -61,10 +90,10 @@ class CheckedHost:
             path.write_text(f"{process.pid}\n")
         self._engine = process
 
-    def check(self) -> subprocess.CompletedProcess[str]:
+    def check(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the check, which must change nothing."""
         before = self.host.files()
-        result = self.host.run(self.shell, "--check", script=self.script)
+        result = self.host.run(self.shell, "--check", *arguments, script=self.script)
         assert self.host.files() == before
         assert [call for call in self.host.calls if "restart" in call or "update" in call] == []
         return result
@@ -83,9 +112,9 @@ class CheckedHost:
         self.host.stop()
 
 
-@pytest.fixture(params=sorted(BUNDLES))
+@pytest.fixture(params=["debian", "alpine", "fedora"])
 def checked(request: Any, upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path) -> Iterator[CheckedHost]:
-    shell = SHELLS[request.param][0]
+    shell = TREES[request.param][1][0]
     if not can_mount() or shutil.which(shell) is None:
         pytest.skip(f"needs root, mount namespaces and {shell}")
     upstreams.push_to_hub("library/hello-world", "latest", images.build_small_image("hello-world"))
@@ -100,6 +129,7 @@ def test_the_first_thing_that_is_wrong(checked: CheckedHost) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "docker uses the proxy.\n" in result.stdout
     assert "docker.io/library/hello-world can be pulled through the proxy (X-Cache: MISS).\n" in result.stdout
+    assert f"{NAME} resolves.\n" in result.stdout
     assert result.stdout.endswith("All is well.\n")
     certificate = checked.daemon.ca_file.read_bytes()
 
@@ -164,3 +194,35 @@ def test_podman_and_a_host_without_curl(checked: CheckedHost) -> None:
         result = checked.check()
         assert (result.returncode, result.stderr) == (0, "")
         assert "can be pulled through the proxy (X-Cache: " in result.stdout
+
+
+@pytest.mark.parametrize("checked", sorted(TREES), indirect=True)
+def test_names_and_exit_statuses(checked: CheckedHost) -> None:
+    """0: all is well; 1: something is wrong; 2: wrong usage."""
+    hosts = checked.host.etc / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n")
+    result = checked.check()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"Note: {NAME} does not resolve on this host. Engines reach it through the proxy." in result.stdout
+    assert "All is well.\n" in result.stdout
+    for no_proxy in (NAME, ".local", "localhost,local"):
+        checked.restart_engine({**checked.environment, "NO_PROXY": no_proxy})
+        assert checked.failure().startswith(
+            f"docker reaches {NAME} without the proxy ({no_proxy}), and that name does not resolve on this host; "
+        )
+    hosts.write_text(f"127.0.0.1 {NAME}\n")
+    assert checked.check().returncode == 0
+    for name in ("getent", "ping"):
+        (checked.host.tools / name).unlink(missing_ok=True)
+    assert f"Whether {NAME} resolves was not checked, because neither getent nor ping" in checked.check().stdout
+    for arguments in (("--remove",), ("again",), ("--ca-sha256=" + "0" * 64,)):
+        result = checked.check(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith("Usage: ")
+    result = checked.host.run(checked.shell, "--check", user="65534", script=checked.script)
+    assert result.returncode == 1
+    assert "run it as root (with sudo)" in result.stderr
+    checked.daemon.stop()
+    result = checked.check()
+    assert result.returncode == 1
+    assert f"{checked.host.url} does not answer: " in result.stderr

@@ -123,5 +123,5 @@ def test_blob_larger_than_the_disk(
         assert daemon.client.get(url).cache_status == "MISS"
     assert daemon.client.get(large).body == random_bytes(70 * MIB, "large")
     assert [daemon.client.get(url).cache_status for url in urls] == ["HIT"] * 3
-    assert "was not cached: the disk lacks" in daemon.output_text
+    assert "was not cached: CACHE_DIR is full: its disk lacks" in daemon.output_text
     wait_until(lambda: os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize > 20 * MIB, "space is free")

@@ -213,7 +213,7 @@ def test_every_cut_of_connect_and_client_hello() -> None:
 
 
 def large_session() -> MemoryBIOClient:
-    """A client whose ClientHello takes several TLS records."""
+    """A client with a ClientHello of several TLS records."""
     context = client_context()
     context.set_alpn_protocols([f"{number:0>200}" for number in range(200)])
     return MemoryBIOClient(context=context)

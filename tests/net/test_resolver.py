@@ -18,7 +18,7 @@ from dockerproxy.net.resolver import NameResolver
 
 @define(eq=False)
 class ManualPool:
-    """A pool whose jobs the test ends."""
+    """A pool with jobs that the test ends."""
 
     calls: list[tuple[str, str]] = field(factory=list)
     families: list[Any] = field(factory=list)

@@ -174,7 +174,7 @@ def test_everything_without_scripts(tmp_path: Path, url: str) -> None:
         sign_in(driver, url)
         driver.get(f"{url}/images/docker.io/library/nginx?tag=1.29")
         driver.find_element("xpath", "//button[.='Ask again']").click()
-        wait_for(driver, "The registry is asked for it now.")
+        wait_for(driver, "The registry is being asked for it now.")
         driver.find_element("link text", "Remove").click()
         wait_for(driver, "Remove it")
         driver.find_element("xpath", "//button[.='Remove it']").click()
@@ -193,6 +193,26 @@ def test_numbers_move(driver: Any, url: str) -> None:
     wait_until(lambda: driver.find_element("id", "live").get_attribute("title") == "updated every second", "events")
     wait_until(lambda: "100.0%" in widths(), "a download reaches its end", timeout=30)
     assert "24 clients" in driver.find_element("id", "transfers").text
+
+
+def test_a_complete_download_is_shown_as_such_for_a_moment(driver: Any, url: str) -> None:
+    """One that failed is simply gone."""
+    set_view(driver, width=1280)
+    driver.get(url)
+
+    def rows() -> list[str]:
+        found: list[str] = [row.text for row in driver.find_elements("css selector", "#transfer-rows tr")]
+        return found
+
+    wait_until(lambda: driver.find_element("id", "live").get_attribute("title") == "updated every second", "events")
+    assert len(rows()) == 3
+    row = driver.find_element("css selector", "#transfer-rows tr[data-id=t3]")
+    driver.execute_script("apply({ended: ['t2', 't3', 'unknown'], completed: ['t3', 'unknown']})")
+    assert row.find_element("css selector", "rect").get_attribute("width") == "100.0%"
+    assert row.find_element("css selector", "svg").get_attribute("aria-valuenow") == "100"
+    assert "31 MB of 31 MB" in row.text and "complete" in row.text
+    assert not driver.find_elements("css selector", "tr.complete:not(:only-child) ~ tr.complete")
+    wait_until(lambda: not driver.find_elements("css selector", "tr.complete"), "the row goes")
 
 
 def test_search_while_one_types(driver: Any, url: str) -> None:
@@ -286,7 +306,7 @@ def test_actions_by_the_keyboard(driver: Any, url: str) -> None:
     assert not driver.execute_script(is_open)
     focus("form[action$=refresh] button")
     press(driver, Keys.SPACE)
-    wait_for(driver, "The registry is asked for it now.")
+    wait_for(driver, "The registry is being asked for it now.")
     focus("a.danger")
     press(driver, Keys.ENTER)
     wait_for(driver, "Remove it")

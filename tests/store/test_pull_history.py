@@ -9,7 +9,7 @@ import pytest
 from attrs import define, field
 
 from dockerproxy.store import journal
-from dockerproxy.store.daily_pulls import DailyPulls, Popularity
+from dockerproxy.store.daily_pulls import CountedPull, DailyPulls, Popularity
 from dockerproxy.store.journal import Journal
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
 from tests.store.support.reactor import SteppedReactor
@@ -34,8 +34,15 @@ class Harness:
     def restart(self, lifetime: float = 30 * DAY) -> None:
         self.history = PullHistory(str(self.folder / "history"), lifetime, lambda: self.now)
 
-    def pull(self, repository: str = "docker.io/library/nginx", client: str = "192.0.2.1", pulls: int = 1) -> None:
-        self.history.append([{**ROW, "repository": repository, "client": client, "pulls": pulls, "time": self.text}])
+    def pull(
+        self,
+        repository: str = "docker.io/library/nginx",
+        client: str = "192.0.2.1",
+        pulls: int = 1,
+        reference: str = "1.29",
+    ) -> None:
+        changes = {"repository": repository, "client": client, "pulls": pulls, "reference": reference}
+        self.history.append([{**ROW, **changes, "time": self.text}])
 
     @property
     def text(self) -> str:
@@ -174,6 +181,26 @@ def test_counts_go_on_after_a_restart_and_end_after_90_days(harness: Harness) ->
     assert len([name for name in os.listdir(harness.folder / "history") if name.startswith("pulls-")]) == 1
 
 
+def test_public_pulls_are_counted_apart(harness: Harness) -> None:
+    harness.history.is_public = lambda repository, reference: reference == "public"
+    for reference, pulls in (("public", 2), ("private", 3)):
+        harness.pull(pulls=pulls, reference=reference)
+    harness.now += DAY
+    harness.pull(reference="public")
+    harness.restart()
+    sums = harness.history.counts.sums()
+    assert (dict(sums.total), dict(sums.public)) == ({"docker.io/library/nginx": 6}, {"docker.io/library/nginx": 3})
+
+
+def test_counts_of_an_earlier_version_are_read(harness: Harness) -> None:
+    harness.pull()
+    (file,) = (harness.folder / "history").glob("pulls-*.json")
+    file.write_text('{"version":1,"repositories":{"docker.io/library/nginx":[7,["192.0.2.1"]]}}')
+    harness.restart()
+    sums = harness.history.counts.sums()
+    assert (dict(sums.total), dict(sums.public)) == ({"docker.io/library/nginx": 7}, {"docker.io/library/nginx": 0})
+
+
 def test_a_hosted_repository_has_a_name_of_its_own(harness: Harness) -> None:
     harness.history.append([{**ROW, "repository": "docker.io/x", "where": "hosted", "time": harness.text}])
     assert dict(harness.history.counts.pulls()) == {"hosted/docker.io/x": 1}
@@ -181,9 +208,11 @@ def test_a_hosted_repository_has_a_name_of_its_own(harness: Harness) -> None:
 
 def test_the_counts_of_a_day_are_bounded(harness: Harness) -> None:
     counts = harness.history.counts
-    counts.add((f"docker.io/library/{number}", f"c{number % 100}", 1) for number in range(6000))
+    counts.add(
+        CountedPull(f"docker.io/library/{number}", f"c{number % 100}", 1, is_public=True) for number in range(6000)
+    )
     assert len(counts.pulls()) == 5000
-    counts.add(("docker.io/library/0", f"client {number}", 1) for number in range(5000))
+    counts.add(CountedPull("docker.io/library/0", f"client {number}", 1, is_public=True) for number in range(5000))
     assert counts.of("docker.io/library/0") == Popularity(5001, 2000)
 
 

@@ -97,7 +97,7 @@ def test_a_subject_in_another_repository_only_is_not_retained(store: HostedTree)
     assert not store.links.has_manifest(REPOSITORY, ONE.digest)
 
 
-# Tags whose names are derived from a digest
+# Tags with names that are derived from a digest
 
 SIGNATURE = image(b"sig", b"signature")  # cosign's have no subject
 REFERRER = image(b"sig", b"referrer", subject=BOTH)

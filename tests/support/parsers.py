@@ -8,5 +8,5 @@ from dockerproxy.thread_pool import PARSE_LIMITS, BoundedThreadPool, ContentPars
 
 
 def make_parser(reactor: Any) -> ContentParser:
-    """Return a parser whose thread is of the pool of `reactor`."""
+    """Return a parser with a thread of the pool of `reactor`."""
     return ContentParser(BoundedThreadPool(reactor, "long documents", PARSE_LIMITS, reactor.getThreadPool()))

@@ -103,7 +103,7 @@ const enableSearch = () => {
   });
 };
 
-// Downloads under way, by Server-Sent Events.
+// Downloads in progress, by Server-Sent Events.
 const transfers = new Map();
 const rows = () => $("#transfer-rows");
 const showTransfer = (transfer) => {
@@ -126,24 +126,35 @@ const showTransfer = (transfer) => {
   $(".left", row).textContent = transfer.rate && transfer.size ? span((transfer.size - transfer.done) / transfer.rate) : "";
   $(".readers", row).textContent = counted(transfer.readers, "client");
 };
+// A download that is complete stays for a moment, with a full bar.
+const endTransfer = (id, complete) => {
+  const [transfer, row] = [transfers.get(id), $$("tr", rows()).find((each) => each.dataset.id === id)];
+  transfers.delete(id);
+  if (!row || !complete) return row?.remove();
+  showTransfer({ ...transfer, done: transfer.size ?? transfer.done, size: transfer.size ?? transfer.done, rate: 0 });
+  delete row.dataset.id;
+  row.classList.add("complete");
+  $(".left", row).textContent = "complete";
+  setTimeout(() => { row.remove(); sumUp(); }, 2000);
+};
+const sumUp = () => {
+  const all = [...transfers.values()];
+  const sum = (key) => all.reduce((total, transfer) => total + (transfer[key] || 0), 0);
+  $("#no-transfers").hidden = rows().children.length > 0;
+  $("#transfer-sum").textContent = all.length ? `${counted(all.length, "download")} for ${counted(sum("readers"), "client")} · ${size(sum("rate"))}/s` : "";
+};
 const apply = (event) => {
   if (event.first) {
     transfers.clear();
     rows().replaceChildren();
   }
-  for (const id of event.ended || []) {
-    transfers.delete(id);
-    $$("tr", rows()).find((row) => row.dataset.id === id)?.remove();
-  }
+  for (const id of event.ended || []) endTransfer(id, event.completed?.includes(id));
   for (const change of event.transfers || []) {
     const transfer = { ...transfers.get(change.id), ...change };
     transfers.set(change.id, transfer);
     showTransfer(transfer);
   }
-  const all = [...transfers.values()];
-  const sum = (key) => all.reduce((total, transfer) => total + (transfer[key] || 0), 0);
-  $("#no-transfers").hidden = all.length > 0;
-  $("#transfer-sum").textContent = all.length ? `${counted(all.length, "download")} for ${counted(sum("readers"), "client")} · ${size(sum("rate"))}/s` : "";
+  sumUp();
 };
 const OVERVIEW = ["notices", "numbers", "traffic", "registries"];
 const live = () => {

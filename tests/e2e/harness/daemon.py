@@ -23,9 +23,10 @@ _PROJECT = Path(__file__).resolve().parents[3]
 CLEAN_EXIT_STATUSES = (0, -signal.SIGTERM)
 """Exit statuses of a daemon after SIGTERM: twistd ends by sending itself the signal that it received."""
 
-# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS [BECAUSE], after the prefix of the log line
+# CLIENT METHOD HOST/PATH STATUS BYTES SECONDS CACHE_STATUS USER "USER_AGENT" [BECAUSE], after the prefix of a line
 _ACCESS_LINE = re.compile(
-    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|PEER|JOINED|REVALIDATED|STALE|PASS|-)(?: (.+))?$",
+    r"([0-9a-f.:]+) ([A-Z]+) (\S+) (\d{3}) (\d+) [\d.]+ (HIT|MISS|PEER|JOINED|REVALIDATED|STALE|PASS|-)"
+    r' \S+ "[^"]*"(?: (.+))?$',
     re.MULTILINE,
 )
 _TRACEBACK = re.compile(
