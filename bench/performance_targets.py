@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from bench.table import DIRECT, NGINX, PROXY, REGISTRY, Key, ResultTable, format_number
+from bench.table import ALONE, DIRECT, NGINX, PROXY, REGISTRY, Key, ResultTable, format_number
 
 
 @frozen
@@ -137,5 +137,9 @@ PERFORMANCE_TARGETS = (
     _at_most("first handshake for a new host", ("startup", "new host", "handshake"), 3),
     _at_most("garbage collection: duration", ("gc", "100,000 blobs", "duration"), 1.0, REGISTRY),
     _at_most("garbage collection: longest wait of a request", ("gc", "100,000 blobs", "longest wait"), 50),
+    _at_least("fleet and bucket: push of a layer", ("fleet", "push, 1 layer", "throughput"), 1.0, REGISTRY),
+    _at_least("fleet and bucket: small layers", ("fleet", "push, 200 small", "layers"), 1.0, REGISTRY),
+    _at_most("fleet and bucket: 1,000 repositories", ("fleet", "1,000 repositories", "catalogue"), 0.5),
+    _at_most("fleet: hit, 1 client: server CPU", ("fleet", "hit, 1 client", "server CPU"), 1.05, ALONE),
     _at_most("skopeo copy, 200 layers, warm, over direct", ("image", "200 layers", "duration"), 0.63, DIRECT),
 )

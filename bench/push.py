@@ -23,8 +23,11 @@ from bench.testbed import PushableServer, Testbed
 
 _BUFFER_SIZE = 1 << 20
 _CHUNK_SIZE = 32 * 1024  # bytes of an HTTP chunk: the buffer of io.Copy, with which docker and other Go clients send
-_LAYER_COUNT, _LAYER_SIZE = 200, 10_000  # number of small layers, and the bytes of each
-_PUSH_CLIENTS = 5  # docker pushes five layers at a time
+LAYER_COUNT, _LAYER_SIZE = 200, 10_000
+"""Number of small layers, and the bytes of each."""
+PUSH_CLIENTS = 5
+"""Clients that push at the same time, because docker pushes five layers at a time."""
+LARGE_REPOSITORY = "bench/large"
 _REQUEST_INTERVAL = 0.005  # seconds between two requests of the client that runs during a garbage collection
 
 
@@ -37,12 +40,12 @@ def push(testbed: Testbed, table: ResultTable) -> None:
                 log_progress("push", case, server.name)
                 result = testbed.clients.run(1, server.process, push_large, server.endpoint, testbed.scale.large_blob)
                 record_throughput(table, "push", case, server, result, testbed.scale.large_blob)
-                case = f"{_LAYER_COUNT} small layers"
+                case = f"{LAYER_COUNT} small layers"
                 log_progress("push", case, server.name)
                 result = testbed.clients.run(
-                    _PUSH_CLIENTS, server.process, push_small, server.endpoint, _LAYER_COUNT // _PUSH_CLIENTS
+                    PUSH_CLIENTS, server.process, push_small, server.endpoint, LAYER_COUNT // PUSH_CLIENTS
                 )
-                record_rate(table, "push", case, server, result, _LAYER_COUNT, "layer")
+                record_rate(table, "push", case, server, result, LAYER_COUNT, "layer")
 
 
 def garbage_collection(testbed: Testbed, table: ResultTable) -> None:
@@ -120,8 +123,8 @@ def _count_blobs(folder: Path) -> int:
 # the clients' jobs
 
 
-def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> None:
-    """Push a layer of `size` bytes as docker does: in HTTP chunks, without a Content-Length."""
+def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> str:
+    """Push a layer of `size` bytes as docker does: in HTTP chunks, without a Content-Length. Return its sha256."""
     data, hasher = os.urandom(_BUFFER_SIZE), hashlib.sha256()
     for _ in range(size // _BUFFER_SIZE):
         hasher.update(data)
@@ -129,7 +132,7 @@ def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> None:
     chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
     connection = open_connection(endpoint)
     start()
-    location = send_request(connection, 202, "POST", "/v2/bench/large/blobs/uploads/")
+    location = send_request(connection, 202, "POST", f"/v2/{LARGE_REPOSITORY}/blobs/uploads/")
     connection.putrequest("PATCH", location)
     connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
@@ -140,6 +143,7 @@ def push_large(start: WaitForStart, endpoint: Endpoint, size: int) -> None:
     location = read_response(connection, 202, "PATCH")
     send_request(connection, 201, "PUT", with_digest_query(location, hasher.hexdigest()))
     connection.close()
+    return hasher.hexdigest()
 
 
 def push_small(start: WaitForStart, endpoint: Endpoint, count: int) -> None:

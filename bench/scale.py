@@ -36,6 +36,8 @@ class Scale:
     """Number of layers in the image that is copied."""
     gc_blobs: int
     """Number of blobs in the tree for the garbage collection, which is measured once."""
+    repositories: int
+    """Number of repositories in the bucket of which the catalogue is listed."""
 
 
 FULL = Scale(
@@ -53,6 +55,7 @@ FULL = Scale(
     memory_rounds=5,
     image_layers=200,
     gc_blobs=100_000,
+    repositories=1000,
 )
 QUICK = Scale(
     rounds=1,
@@ -69,4 +72,5 @@ QUICK = Scale(
     memory_rounds=1,
     image_layers=200,
     gc_blobs=1000,
+    repositories=20,
 )

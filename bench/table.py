@@ -9,8 +9,8 @@ from typing import Any
 from attrs import define, field
 
 PROXY, NGINX, NGINX_LOGGING = "proxy", "nginx", "nginx+log"
-REGISTRY, DIRECT = "registry:2", "direct"
-"""Names of the servers. `DIRECT` is the upstream registry, used by clients without a proxy."""
+REGISTRY, DIRECT, ALONE = "registry:2", "direct", "no fleet"
+"""Names of the servers. `DIRECT` is the upstream registry, used by clients without a proxy. `ALONE` is a daemon."""
 
 Key = tuple[str, str, str]
 """Benchmark, case and metric."""

@@ -136,7 +136,7 @@ class Testbed:
             # Another daemon fills the cache: memory that fetching leaves in the heap would hide the cost of serving.
             with self.proxy(state, workers=1) as server:
                 for resource in resources:
-                    self._fetch_head(server, resource)
+                    self.fetch_head(server, resource)
             sha256_hex = self.large_blob.digest.partition(":")[2]
             registry_tree.link_blob(
                 state / "registry", REPOSITORY, self.root / self.large_blob.path.lstrip("/"), sha256_hex
@@ -145,7 +145,7 @@ class Testbed:
         ports = DaemonPorts()
         with self.proxy(state, ports, workers=workers, cores=cores) as server:
             for resource in resources:
-                if "x-cache: miss" in self._fetch_head(server, resource).lower():
+                if "x-cache: miss" in self.fetch_head(server, resource).lower():
                     raise BenchError(f"{resource.path} is not in the daemon's cache.")
             hosted = Endpoint(PROXY, ports.registry_http, HOSTED_REGISTRY_HOST, ca_file="", through_connect=False)
             mirror = evolve(hosted, port=ports.proxy)
@@ -155,7 +155,7 @@ class Testbed:
     def cold_proxy(self) -> Iterator[RunningServer]:
         """Run a daemon with an empty cache, warmed up with one small blob."""
         with self.temporary_state() as state, self.proxy(state) as server:
-            self._fetch_head(server, self.small_blob)
+            self.fetch_head(server, self.small_blob)
             yield server
 
     @contextmanager
@@ -177,7 +177,7 @@ class Testbed:
                 RunningServer(process, Endpoint(NGINX, plain, UPSTREAM_HOST, ca_file="", through_connect=False)),
             )
             for server in (result.tls, result.tls_with_log):
-                self._fetch_head(server, self.small_blob)
+                self.fetch_head(server, self.small_blob)
             yield result
 
     @contextmanager
@@ -188,7 +188,7 @@ class Testbed:
             servers = [caching_server(port, self._origin_port, UPSTREAM_HOST, self._certificate.ca_file)]
             with make_nginx(folder, self._certificate, servers, [port], workers=NGINX_WORKERS) as process:
                 server = self._direct_server(process, NGINX, port)
-                self._fetch_head(server, self.small_blob)
+                self.fetch_head(server, self.small_blob)
                 yield server
         finally:
             _remove_large_files(folder)
@@ -206,13 +206,14 @@ class Testbed:
                 yield PushableServer(server.process, endpoint, cli_command(state, "gc"))
 
     @contextmanager
-    def docker_registry(self, storage: Path | None = None) -> Iterator[PushableServer]:
-        """Run Debian's docker-registry with its content in `storage`, or empty."""
+    def docker_registry(
+        self, storage: Path | None = None, *, settings: Mapping[str, object] | None = None
+    ) -> Iterator[PushableServer]:
+        """Run Debian's docker-registry with its content in `storage`, or as `settings` say, or empty."""
         folder, port = self._new_folder("docker-registry"), free_port()
         try:
-            configuration = docker_registry.write_configuration(
-                folder, port, storage or folder / "storage", self._certificate
-            )
+            settings = settings or docker_registry.file_storage(storage or folder / "storage")
+            configuration = docker_registry.write_configuration(folder, port, settings, self._certificate)
             with docker_registry.make_server(folder, configuration, port) as process:
                 endpoint = self._direct_server(process, REGISTRY, port).endpoint
                 yield PushableServer(process, endpoint, docker_registry.garbage_collect_command(configuration))
@@ -269,7 +270,7 @@ class Testbed:
         self._folder_count += 1
         return self.folder / f"{name}-{self._folder_count}"
 
-    def _fetch_head(self, server: RunningServer, resource: Resource) -> str:
+    def fetch_head(self, server: RunningServer, resource: Resource) -> str:
         """Download `resource` and return the head of the response."""
         head: str = self.clients.run(1, server.process, download, server.endpoint, resource).results[0]
         return head

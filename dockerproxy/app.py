@@ -208,8 +208,14 @@ class ProxyServer:
     _reactor: Any
 
     def reconfigure(self, settings: Settings) -> None:
-        """Apply `settings`. Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable."""
-        # First, because it may raise.
+        """Apply `settings`.
+
+        Raise `HtpasswdError` or OSError, and change nothing, if the htpasswd file is unusable, and `SettingsError` if
+        this daemon is not in FLEET.
+        """
+        # First, because they may raise.
+        if self.fleet is not None and settings.fleet:
+            check_fleet(self.fleet, settings)
         users = open_registry_users(self._reactor, settings, self.pools, self.state, self.metrics.count_login)
         access_control = build_access_control(settings, users, self.state)
         proxy_users = open_proxy_users(self._reactor, settings, self.pools, self.state)
@@ -221,6 +227,8 @@ class ProxyServer:
         self.proxy_login.users = proxy_users
         self.certificates.check_files()
         self.metrics.read_registries()
+        if self.fleet is not None and settings.fleet:
+            self.fleet.directory.change(settings.fleet)
         self.registries.update(settings)
         configure_logins(self.pull_through.logins, settings)
         self.pull_through.challenges.restore(settings.registries)
@@ -292,7 +300,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         MeteredAgent(connectors.agent, meter), time.time, policy.check_upstream, settings.auth_registries
     )
     parser = ContentParser(pools.documents)
-    fleet = build_fleet(reactor, settings, shared, connectors, authority) if settings.fleet else None
+    fleet = build_fleet(reactor, settings, shared, connectors, authority, parser) if settings.fleet else None
     cache, *for_members = build_cache(
         reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
     )
@@ -635,6 +643,7 @@ def build_fleet(
     shared: SharedServices,
     connectors: Connectors,
     authority: CertificateAuthority,
+    parser: ContentParser,
 ) -> Fleet:
     """Build the parts that make this daemon a member of FLEET. Raise `SettingsError`."""
     from dockerproxy.fleet.composition import FleetInvalid, compose_fleet
@@ -652,6 +661,8 @@ def build_fleet(
             ca_certificate=authority.certificate_pem,
             records=shared.state.open_records() if shared.multi_process else None,
             meter=shared.metrics,
+            parser=parser,
+            max_blob_size=settings.max_blob_size,
         )
     except FleetInvalid as error:
         raise SettingsError(f"{error}.") from None
@@ -666,6 +677,14 @@ def open_session_door(
     hosted_app.pass_on = fleet.session_router().pass_on
     door = fleet.session_door(hosted_app.handle, cross_origin.check)
     return InnerHost(UPLOADS_HOST, partial(authority.context_for, UPLOADS_HOST), door.handle)
+
+
+def check_fleet(fleet: Fleet, settings: Settings) -> None:
+    """Raise `SettingsError` if a new FLEET does not say which member this daemon is."""
+    try:
+        fleet.directory.check(settings.fleet)
+    except ValueError as error:
+        raise SettingsError(f"{error}.") from None
 
 
 def build_freshness(settings: Settings) -> Freshness:

@@ -213,6 +213,13 @@ class UpstreamUnreachable(UpstreamError):
         self.reason = reason
 
 
+class CertificateRejected(UpstreamUnreachable):
+    """The server has a certificate that is not to be trusted, or one for another name."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "tls")
+
+
 class UpstreamTimeout(UpstreamError):
     """The server sent nothing within the timeout."""
 

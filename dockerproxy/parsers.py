@@ -335,12 +335,12 @@ def fleet(text: str) -> tuple[Host, ...]:
 
     Members are separated by spaces. The port is 3128 if it is not given.
     """
-    members: list[Host] = []
+    members: dict[Host, None] = {}
     for word in text.split():
         member = _member(word)
         if member in members:
             raise ValueError(f"{redacted_repr(word)} is given twice")
-        members.append(member)
+        members[member] = None
     names = [member.name for member in members if not member.is_address]
     if names and len(members) > 1:
         raise ValueError(

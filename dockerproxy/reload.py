@@ -2,8 +2,8 @@
 
 These are REGISTRIES, AUTH_REGISTRIES with its delimiters, CREDENTIAL_HELPERS, DOCKER_CONFIG_FILE, PROXY_HTPASSWD_FILE,
 HTPASSWD_FILE, ANONYMOUS_PULL, REGISTRY_READ_ONLY, ALLOW_DELETE, ALLOW_SPARSE_INDEXES, ALLOWED_HOSTS, CORS_ORIGINS,
-PAGE, ADMIN_USERS, REGISTRY_URL, RATE_RESERVE and PIN_FILE. The code that uses them holds a mapping or an object that is
-modified in place, so a reload closes no connection and interrupts no transfer.
+PAGE, ADMIN_USERS, REGISTRY_URL, RATE_RESERVE, PIN_FILE, and FLEET if it was set at the start. The code that uses them
+holds a mapping or an object that is modified in place, so a reload closes no connection and interrupts no transfer.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from dockerproxy.upstream.docker_config import DockerConfig
 
 RELOADABLE = {
     "extra_registries",
+    "fleet",
     "registry_wildcards",
     "auth_registries",
     "auth_registries_delimiter",
@@ -289,6 +290,8 @@ class Reloader:
 
     def _needing_restart(self, settings: Settings) -> list[str]:
         names = [attribute.name for attribute in fields(Settings) if attribute.name not in RELOADABLE]
+        if bool(settings.fleet) != bool(self.initial.settings.fleet):  # the parts of a member are made at the start
+            names.append("fleet")
         return [name.upper() for name in names if getattr(settings, name) != getattr(self.initial.settings, name)]
 
 

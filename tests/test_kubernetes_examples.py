@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dockerproxy import parsers
+from dockerproxy.daemon.listener_service import SHUTDOWN_GRACE
 
 yaml = pytest.importorskip("yaml", reason="pyyaml is not installed")
 
@@ -76,6 +77,15 @@ def test_the_settings_exist_and_their_files_are_mounted() -> None:
     [claim] = pod["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "100Gi"
     assert parsers.size(settings["CACHE_MAX_SIZE"]) < 100 << 30
+
+
+def test_a_pod_has_the_time_to_end_its_transfers() -> None:
+    pod = find("StatefulSet", "docker-registry-proxy")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    program, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert program == "sleep" and pod["terminationGracePeriodSeconds"] > int(seconds) + SHUTDOWN_GRACE + 10
+    probes = [container[name]["httpGet"] for name in ("readinessProbe", "livenessProbe")]
+    assert probes == [{"path": path, "port": "proxy"} for path in ("/readyz", "/healthz")]
 
 
 def test_no_container_has_more_rights_than_it_needs() -> None:

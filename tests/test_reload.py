@@ -154,6 +154,20 @@ def test_settings_that_need_a_restart_are_logged(harness: ReloadHarness) -> None
     assert harness.log_lines == [*warnings, "info reloaded: serving registry-1.docker.io, quay.io"] * 2
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "needing_restart"),
+    [("", "10.0.0.1", True), ("10.0.0.1", "", True), ("10.0.0.1 10.0.0.2", "10.0.0.1 10.0.0.3", False)],
+    ids=["set", "unset", "changed"],
+)
+def test_only_a_member_can_get_another_fleet(
+    harness: ReloadHarness, before: str, after: str, needing_restart: bool
+) -> None:
+    harness.reload.initial = Configuration(settings(FLEET=before), {})
+    harness.current = settings(FLEET=after)
+    harness.reload()
+    assert ("warn FLEET has changed; restart the daemon to apply it" in harness.log_lines) is needing_restart
+
+
 def test_reload_logs_warnings_again(harness: ReloadHarness) -> None:
     harness.current = Settings.from_environment({}, {"REGISTRIE": "quay.io"})
     harness.reload()

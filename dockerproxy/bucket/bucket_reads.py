@@ -20,20 +20,19 @@ from dockerproxy.cache.space import CacheSpace
 from dockerproxy.cache.upstream import DirectResponse, UpstreamPrincipal, UpstreamRepository, UpstreamResponse
 from dockerproxy.concurrency import current_client, in_thread
 from dockerproxy.errors import BlobUnknown, RegistryError, ServiceOverloaded, StoreUnavailable, UpstreamFailing
-from dockerproxy.http.headers import Headers
 from dockerproxy.oci.content import Content
 from dockerproxy.oci.manifests import MAX_MANIFEST
 from dockerproxy.oci.names import Digest, Registry, Repository
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs, OpenBlob
-from dockerproxy.upstream.credentials import Anonymous, Credential
+from dockerproxy.upstream.credentials import Anonymous
+from dockerproxy.upstream.registry_request import RegistryRequest
 
 BUCKET_REGISTRY = Registry.parse("registry-store.invalid")
 """The name of the bucket among the registries of the cache. RFC 6761, section 6.4: no host can have it."""
 
 _IDENTITY = "hosted"  # not that of the public, so that nobody sees the names of repositories among the downloads
 _MAX_ATTEMPTS = 3  # because a blob may be evicted between two looks
-_NO_HEADERS = Headers()
 
 log = Logger()
 
@@ -44,23 +43,11 @@ class BucketClient:
 
     _bucket: S3Bucket
 
-    async def request(
-        self,
-        method: str,
-        registry: Registry,
-        path: str,
-        *,
-        name: Repository | None,
-        credential: Credential,
-        headers: Headers = _NO_HEADERS,
-        body: Any = None,
-        actions: str = "pull",
-        follow: bool = True,
-    ) -> UpstreamResponse:
+    async def request(self, request: RegistryRequest) -> UpstreamResponse:
         """Return the response to a GET of `/v2/NAME/blobs/DIGEST`. Raise `BlobUnknown` and `UpstreamFailing`."""
-        digest = Digest.parse(path.rpartition("/")[2])
+        digest = Digest.parse(request.path.rpartition("/")[2])
         try:
-            response = await self._bucket.open(blob_key(digest), headers.get("range"))
+            response = await self._bucket.open(blob_key(digest), request.headers.get("range"))
         except StoreUnavailable as error:
             raise UpstreamFailing(error.message, error.status, headers=error.headers) from error
         if response.status == 404:

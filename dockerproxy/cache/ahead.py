@@ -23,7 +23,13 @@ from attrs import define, field
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
-from dockerproxy.cache.upstream import RegistryClient, UpstreamRepository, UpstreamResponse, error_from_response
+from dockerproxy.cache.upstream import (
+    RegistryClient,
+    Sender,
+    UpstreamRepository,
+    UpstreamResponse,
+    error_from_response,
+)
 from dockerproxy.concurrency import in_thread
 from dockerproxy.errors import RegistryError, UpstreamBroken
 from dockerproxy.http.headers import Headers
@@ -120,6 +126,8 @@ class AheadRange:
         self._is_open = True
         fetcher.bound.acquire(client)
         self.span = span
+        self.sender: Sender | None = None
+        """The member of the fleet that sends the range in the registry's place."""
         self.received = 0
         self.failure: RegistryError | None = None
 
@@ -173,21 +181,22 @@ class AheadRange:
 
     async def _open(self) -> UpstreamResponse:
         repository, registry = self._repository, self._repository.registry
-        response = await self._fetcher.upstream.request(
-            "GET", registry, repository.blob_path(self._digest),
-            name=repository.name, credential=repository.credential,
-            headers=Headers([("range", f"bytes={self.span.start}-{self.span.stop - 1}")]),
-        )  # fmt: skip
+        headers = Headers([("range", f"bytes={self.span.start}-{self.span.stop - 1}")])
+        response = await self._fetcher.upstream.request(repository.blob_request("GET", self._digest, headers))
         response.limit_read_ahead(_READ_AHEAD)
         try:
             await self._check(response)
-        except RangesUnsupported:
+        except RangesUnsupported as error:
             response.abort()
-            self._fetcher.refuse(registry)
+            if response.sender is None:
+                self._fetcher.refuse(registry)
+            else:
+                response.sender.report_failure(error)
             raise
         except BaseException:
             response.abort()
             raise
+        self.sender = response.sender
         return response
 
     async def _check(self, response: UpstreamResponse) -> None:
@@ -245,6 +254,9 @@ class AheadRanges:
             ahead.failure = UpstreamBroken(
                 f"{registry} sent other bytes for a range of {self._digest} than for all of it"
             )
+            if ahead.sender is not None:
+                ahead.sender.report_mismatch(self._digest)
+                continue
             self._fetcher.refuse(registry)
             log.error(
                 "{registry} sent other bytes for the range {start}-{stop} of {digest} than for the whole blob, and a"

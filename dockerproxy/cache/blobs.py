@@ -364,6 +364,9 @@ class CachedBlobs:
         finally:
             response.abort()
         if expected_size is not None and size != expected_size:
+            if response.sender is not None:
+                response.sender.report_mismatch(digest)  # so that another one is asked, and upstream in the end
+                return await self._probe(principal, digest, expected_size)
             error = error_for_content(
                 response,
                 f"{principal.repository.registry} returned content of another size for {digest}: "
@@ -423,12 +426,10 @@ class CachedBlobs:
         headers: Headers = _NO_HEADERS,
         follow: bool = True,
     ) -> UpstreamResponse:
-        repository = principal.repository
         try:
             return await self._upstream.request(
-                method, repository.registry, repository.blob_path(digest),
-                name=repository.name, credential=repository.credential, headers=headers, follow=follow,
-            )  # fmt: skip
+                principal.repository.blob_request(method, digest, headers, follow=follow)
+            )
         except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_denial(principal, error)
             raise

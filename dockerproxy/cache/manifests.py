@@ -449,19 +449,17 @@ class CachedManifests:
         if method == "GET" and not is_refused:
             self.rate_limits.check(repository.registry, principal.identity)
         try:
-            response = await self._upstream.request(
-                method, repository.registry, repository.manifest_path(reference),
-                name=repository.name, credential=repository.credential, headers=headers,
-            )  # fmt: skip
+            response = await self._upstream.request(repository.manifest_request(method, reference, headers))
         except (CaptivePortalSuspected, IntermediaryRefused, Unauthorized) as error:
             self._record_error(principal, error)
             raise
-        if not (is_refused and response.status == 429):  # a client that has HEAD refused must not prolong the limit
+        # A client that has HEAD refused must not prolong the limit. A member of the fleet says nothing about it.
+        if response.sender is None and not (is_refused and response.status == 429):
             self.rate_limits.note(
                 repository.registry, principal.identity, method, response.status, response.headers,
                 repository.credential.user if isinstance(repository.credential, BasicCredentials) else None,
             )  # fmt: skip
-        if method == "GET" and response.status == 200:
+        if method == "GET" and response.status == 200 and response.sender is None:
             self._on_pull(str(repository.registry.host), repository.name)
         if method == "HEAD" and response.status not in (200, 429):
             # Registries and the walls before them refuse HEAD in many ways. Only the answer to GET counts: it decides

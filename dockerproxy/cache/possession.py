@@ -99,7 +99,10 @@ class PossessionCheck:
                 except UpstreamBroken:
                     if content_codings(response.headers):
                         return False  # it is perhaps a part of the coded content
-                    raise
+                    if response.sender is None:
+                        raise
+                    response.sender.report_mismatch(digest)  # so that another one is asked, and upstream in the end
+                    return await self._confirm_part(principal, digest, part)
                 await response.discard()
                 return True
             if response.status == 200 or response.status in _RANGE_REFUSED:
@@ -127,18 +130,17 @@ class PossessionCheck:
             if response.status != 200:
                 raise await error_from_response(principal.repository.registry, response, "BLOB_UNKNOWN")
             if await verified_size(self._reactor, response, digest, size) is None:
-                raise _other_content(principal, digest, response)
+                if response.sender is None:
+                    raise _other_content(principal, digest, response)
+                response.sender.report_mismatch(digest)
+                await self._confirm_whole(principal, digest, size)
         finally:
             response.abort()
 
     async def _request(self, principal: UpstreamPrincipal, digest: Digest, headers: Headers) -> UpstreamResponse:
         # It follows redirects, which are no evidence: registry.k8s.io redirects every name and digest. GET, because a
         # registry may answer HEAD without looking, and a signed URL may be valid for GET only.
-        repository = principal.repository
-        return await self._upstream.request(
-            "GET", repository.registry, repository.blob_path(digest),
-            name=repository.name, credential=repository.credential, headers=headers,
-        )  # fmt: skip
+        return await self._upstream.request(principal.repository.blob_request("GET", digest, headers))
 
     # the cached blob
 

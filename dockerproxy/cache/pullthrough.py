@@ -61,6 +61,7 @@ from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.content_coding import can_decode, content_codings
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+from dockerproxy.upstream.registry_request import RegistryRequest
 from dockerproxy.upstream.shared_logins import SharedLogins
 
 T = TypeVar("T")
@@ -389,7 +390,7 @@ class CachedRegistry:
         self, principal: UpstreamPrincipal, subject: Digest, query: ReferrersQuery, path: str
     ) -> ReferrersIndex:
         repository, headers = principal.repository, Headers([("accept", OCI_INDEX)])
-        response = await self._request(
+        response = await self._request_list(
             "GET", path, name=repository.name, credential=repository.credential, headers=headers
         )
         if response.status == 200:
@@ -440,26 +441,31 @@ class CachedRegistry:
             credential = Anonymous()
         if is_list:
             return self._decoded(
-                await self._request(method, path, name=target.name or None, credential=credential, headers=headers)
+                await self._request_list(method, path, name=target.name or None, credential=credential, headers=headers)
             )
-        response = await self.cache.upstream.request(
+        request = RegistryRequest(
             method, self.registry, path,
             name=target.name or None, credential=credential, headers=headers, body=body, follow=False,
             actions="pull" if method in ("GET", "HEAD") else "pull,push",
         )  # fmt: skip
-        return self._decoded(response)
+        return self._decoded(await self.cache.upstream.request(request))
 
     def _decoded(self, response: UpstreamResponse) -> UpstreamResponse:
         """Return the response without its codings, because clients get no Content-Encoding."""
         codings = content_codings(response.headers)
         return DecodedResponse(response, self.registry, codings) if codings and can_decode(codings) else response
 
-    async def _request(self, method: str, path: str, *, credential: Credential, **options: Any) -> UpstreamResponse:
+    async def _request_list(
+        self, method: str, path: str, *, name: Repository | None, credential: Credential, headers: Headers
+    ) -> UpstreamResponse:
         """Send a request for a list with `credential`, or as `_try` does with another one."""
         logins = self.cache.logins
 
         async def send(credential: Credential) -> UpstreamResponse:
-            response = await self.cache.upstream.request(method, self.registry, path, credential=credential, **options)
+            request = RegistryRequest(
+                method, self.registry, path, name=name, credential=credential, headers=headers
+            )  # fmt: skip
+            response = await self.cache.upstream.request(request)
             has_other = self.authorization is None or self._login_beside_token() is not None
             if response.status in (401, 403) and has_other and logins.configured_login(self.registry):
                 raise await error_from_response(self.registry, response)

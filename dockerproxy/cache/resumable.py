@@ -36,6 +36,7 @@ _RATE_WINDOW = 60.0  # seconds of waiting for upstream, over which its rate is m
 _MAX_COUNTED_WAIT = 20.0  # seconds; a longer silence counts as this one, because PROXY_READ_TIMEOUT allows it
 _MIN_RATE = 1024  # bytes a second; an upstream that sends less for so long is as good as silent
 _MAX_OPEN_ATTEMPTS = 2
+_MAX_MEMBERS = 4  # of the fleet that give no answer of upstream, one after the other
 _READ_BATCH_TIME = 0.002  # seconds to wait for more bytes per read
 _SLOW_READ_BATCH_TIME = 0.1  # the same after a read of less than _SMALL_READ; each read costs a write in a thread
 _SMALL_READ = 2048  # bytes
@@ -227,29 +228,41 @@ class ResumableGet:
         await deferLater(self._clock, seconds)
 
     async def _connect(self) -> None:
+        """Send the request, and again at once if a member of the fleet has not sent what upstream would.
+
+        Such a member is left alone, so that the next one is asked, and upstream in the end.
+        """
+        for _ in range(_MAX_MEMBERS):
+            response = await self._request()
+            try:
+                return await self._check_response(response)
+            except UpstreamError as error:
+                response.abort()
+                if response.sender is None:
+                    raise
+                response.sender.report_failure(error)
+            except BaseException:
+                response.abort()
+                raise
+        raise UpstreamBroken(f"{_MAX_MEMBERS} members of the fleet did not send {self._digest} as upstream would")
+
+    async def _request(self) -> UpstreamResponse:
+        """Return the response to a request of the bytes from `offset` on."""
         repository = self._repository
         # Start at the last byte that is present, not at the next one: if the partial download is already complete,
         # upstream could only respond with 416 to the latter.
         # Offsets in a response with codings are those of its coded content.
         needs_start = self._codings or (self._codings is None and self._needs_start)
         headers = Headers([("range", f"bytes={self.offset - 1}-")] if self.offset and not needs_start else [])
-        response = await self._upstream.request(
-            "GET", repository.registry, repository.blob_path(self._digest),
-            name=repository.name, credential=repository.credential, headers=headers,
-        )  # fmt: skip
+        response = await self._upstream.request(repository.blob_request("GET", self._digest, headers))
         response.limit_read_ahead(self._read_ahead())
         if response.status == 206 and self._codings is None and _is_coded(response):
             response.abort()
             if "range" not in headers:
                 raise UpstreamBroken(f"{repository.registry} sent a part of coded content in place of {self._digest}")
             self._needs_start = True
-            await self._connect()
-            return
-        try:
-            await self._check_response(response)
-        except BaseException:
-            response.abort()
-            raise
+            return await self._request()
+        return response
 
     async def _check_response(self, response: UpstreamResponse) -> None:
         registry = self._repository.registry
@@ -268,7 +281,8 @@ class ResumableGet:
         elif response.status != 200:
             raise await error_from_response(registry, response, "BLOB_UNKNOWN")
         if self.size is not None and size is not None and size != self.size:
-            self.report_mismatch()
+            if response.sender is None:  # so that the members that have sent the beginning were wrong
+                self.report_mismatch()
             raise UpstreamBroken(f"{registry} reported {self.size} and then {size} bytes for {self._digest}")
         if size is not None and size < self.offset:
             raise PartialTooLong(

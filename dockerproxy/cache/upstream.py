@@ -29,7 +29,9 @@ from dockerproxy.store.layout import IngestKey
 from dockerproxy.upstream.content_coding import Decoder
 from dockerproxy.upstream.credentials import Anonymous, Credential
 from dockerproxy.upstream.refusals import is_own_refusal, is_page
+from dockerproxy.upstream.registry_request import RegistryRequest
 
+_NO_HEADERS = Headers()
 _MAX_ERROR_BODY = 64 * 1024
 _MAX_DECODED = 64 * 1024 * 1024  # bytes; a list of a million tags is shorter
 # draft-ietf-httpapi-ratelimit-headers, versions before and after 08, and Docker Hub's own names.
@@ -55,11 +57,21 @@ class UpstreamRepository:
         """Return the key of the download of `digest`, which all repositories of the registry share."""
         return IngestKey(str(self.registry.host), digest)
 
-    def blob_path(self, digest: object) -> str:
-        return f"/v2/{self.name}/blobs/{digest}"
+    def blob_request(
+        self, method: str, digest: object, headers: Headers = _NO_HEADERS, *, follow: bool = True
+    ) -> RegistryRequest:
+        """Return a request of the blob `digest`."""
+        return self._request(method, f"/v2/{self.name}/blobs/{digest}", headers, follow)
 
-    def manifest_path(self, reference: object) -> str:
-        return f"/v2/{self.name}/manifests/{reference}"
+    def manifest_request(self, method: str, reference: object, headers: Headers) -> RegistryRequest:
+        """Return a request of the manifest `reference`, a digest or tag."""
+        return self._request(method, f"/v2/{self.name}/manifests/{reference}", headers, True)
+
+    def _request(self, method: str, path: str, headers: Headers, follow: bool) -> RegistryRequest:
+        return RegistryRequest(
+            method, self.registry, path,
+            name=self.name, credential=self.credential, headers=headers, follow=follow,
+        )  # fmt: skip
 
 
 class Sender(Protocol):
@@ -177,19 +189,7 @@ class UpstreamAgent(Protocol):
 class RegistryClient(Protocol):
     """Sends requests to registries. Handles authorization, redirects and timeouts."""
 
-    async def request(
-        self,
-        method: str,
-        registry: Registry,
-        path: str,
-        *,
-        name: Repository | None,
-        credential: Credential,
-        headers: Headers = ...,
-        body: Any = ...,
-        actions: str = ...,
-        follow: bool = ...,
-    ) -> UpstreamResponse: ...
+    async def request(self, request: RegistryRequest) -> UpstreamResponse: ...
 
     async def send(
         self,

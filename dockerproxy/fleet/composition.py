@@ -11,7 +11,7 @@ from attrs import field, frozen
 
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.upstream import RegistryClient
-from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver, check_list
+from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver
 from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenRegistry
 from dockerproxy.fleet.members import Members
 from dockerproxy.fleet.relays import Relays
@@ -25,6 +25,7 @@ from dockerproxy.oci.names import Host
 from dockerproxy.store.eviction import COPY_AGE, LRUEntry
 from dockerproxy.store.lru_index import LRUIndex
 from dockerproxy.store.records import Records
+from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.tls import ClientContext
 
 __all__ = ["UPLOADS_HOST", "Fleet", "FleetInvalid", "compose_fleet"]
@@ -117,21 +118,23 @@ def compose_fleet(
     ca_certificate: bytes,
     records: Records | None,
     meter: PeerMeter,
+    parser: ContentParser,
+    max_blob_size: int,
 ) -> Fleet:
     """Return the parts of a member. Raise `FleetInvalid`.
 
     `records` are given if several processes serve. `ca_certificate` (PEM) is that of the CA that all members have.
+    `max_blob_size` is that of a blob that the cache takes, in bytes.
     """
     identity = Identity(address, ports, is_own_address)
     members = Members(reactor.seconds)
     tls = ClientContext.trusting(ca_certificate)
     transport = HTTPMemberTransport(reactor, tls, timeout, partial(_source_address, members, is_own_address))
     directory = Directory(reactor, listed, identity, resolver, members, transport.use)
-    if directory.name is None:
-        check_list(listed, identity)
+    directory.check(listed)
     relays = Relays(fan_out, reactor.seconds)
     waits = Waits(reactor, records)
-    client = MemberClient(reactor, members, transport, waits, meter)
+    client = MemberClient(reactor, members, transport, waits, meter, parser, max_blob_size)
     return Fleet(members, waits, relays, transport, directory, meter, timeout, client)
 
 

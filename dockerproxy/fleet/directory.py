@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Protocol
 
@@ -18,13 +18,14 @@ LOOKUP_INTERVAL = 10.0
 """Seconds between two look-ups of the name in FLEET."""
 
 _MAX_MEMBERS = 1000
+_MAX_SHOWN = 10  # names in a line of the log
 
 log = Logger()
 
 IsOwnAddress = Callable[[IPv4Address | IPv6Address], bool]
 
 
-class FleetInvalid(Exception):
+class FleetInvalid(ValueError):
     """FLEET and FLEET_ADDRESS do not tell which member this daemon is. The message is a sentence without its end."""
 
 
@@ -73,7 +74,8 @@ def check_list(listed: tuple[Host, ...], identity: Identity) -> None:
 class Directory:
     """Keeps `members` up to date. `on_changed` is called with the names after each change.
 
-    If the name in FLEET has no addresses, the last list is kept.
+    If the name in FLEET has no addresses, the last list is kept. A daemon that is not in the list serves alone, because
+    the others do not count it as a member.
     """
 
     clock: Any
@@ -83,6 +85,7 @@ class Directory:
     _members: Members
     _on_changed: Callable[[tuple[str, ...]], object]
     _has_warned: bool = field(default=False, init=False)
+    _next_look_up: Any = field(default=None, init=False)
 
     @property
     def name(self) -> Host | None:
@@ -96,6 +99,19 @@ class Directory:
         else:
             spawn(self._look_up(self.name), "looking up the members of the fleet")
 
+    def change(self, listed: tuple[Host, ...]) -> None:
+        """Use another FLEET from now on. `check` it before."""
+        self._listed, self._has_warned = listed, False
+        if self._next_look_up is not None and self._next_look_up.active():
+            self._next_look_up.cancel()
+        self.start()
+
+    def check(self, listed: tuple[Host, ...]) -> None:
+        """Raise `FleetInvalid` if `listed` are addresses of which this daemon is not exactly one, or are too many."""
+        _check_number(listed)
+        if len(listed) != 1 or listed[0].is_address:
+            check_list(listed, self._identity)
+
     async def _look_up(self, name: Host) -> None:
         try:
             addresses = await self._resolver.resolve(name.name)
@@ -103,6 +119,8 @@ class Directory:
             addresses, reason = [], error.message
         else:
             reason = "it has no address"
+        if name != self.name:  # FLEET has changed meanwhile
+            return
         if addresses:
             self._use(tuple(Host.parse(f"[{one}]" if ":" in one else one, name.port) for one in addresses))
         elif not self._has_warned:
@@ -113,24 +131,39 @@ class Directory:
                 name=name.name, reason=reason,
                 action=f"the last {known} members are kept" if known else "this daemon serves alone until it can",
             )  # fmt: skip
-        self.clock.callLater(LOOKUP_INTERVAL, self.start)
+        self._next_look_up = self.clock.callLater(LOOKUP_INTERVAL, self.start)
 
     def _use(self, hosts: tuple[Host, ...]) -> None:
-        names = tuple(sorted({host.authority for host in hosts}))[:_MAX_MEMBERS]
+        names = tuple(sorted({host.authority for host in hosts}))
         try:
+            _check_number(names)
             me = self._identity.find(hosts)
         except FleetInvalid as error:
             if not self._has_warned:
                 self._has_warned = True
-                log.warn("{reason}; the last members are kept", reason=str(error))
+                known = len(self._members.names)
+                log.warn("{reason}; the last {count} members are kept", reason=str(error), count=known)
             return
         self._has_warned = False
         own_name = "" if me is None else me.authority
-        if (names, own_name) == (self._members.names, self._members.me):
+        before = self._members.names
+        if (names, own_name) == (before, self._members.me):
             return
         self._members.use(names, own_name)
         self._on_changed(names)
         log.info(
-            "the fleet has {count} members: {names}; this daemon is {me}",
-            count=len(names), names=" ".join(names), me=own_name or "not among them",
+            "the fleet has {count} members ({came} came, {left} left); this daemon is {me}",
+            count=len(names), came=_shorten({*names} - {*before}), left=_shorten({*before} - {*names}),
+            me=own_name or "not among them, and serves alone",
         )  # fmt: skip
+
+
+def _check_number(members: Sized) -> None:
+    if len(members) > _MAX_MEMBERS:
+        raise FleetInvalid(f"FLEET has {len(members)} members; {_MAX_MEMBERS} are allowed")
+
+
+def _shorten(names: set[str]) -> str:
+    """Return some of `names` for the log."""
+    shown = " ".join(sorted(names)[:_MAX_SHOWN]) or "none"
+    return f"{shown} and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else shown

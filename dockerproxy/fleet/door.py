@@ -7,14 +7,16 @@ Downloads of the two caches are shared as those of two processes are.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Protocol
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
 
+from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.cache.pullthrough import CachedRegistry, PullThrough
 from dockerproxy.errors import (
     BlobUnknown,
@@ -27,6 +29,7 @@ from dockerproxy.errors import (
     Unauthorized,
     UpstreamError,
     UpstreamRefused,
+    UpstreamTimeout,
 )
 from dockerproxy.fleet.hop import (
     ANSWER_FIELD,
@@ -41,8 +44,9 @@ from dockerproxy.fleet.hop import (
 )
 from dockerproxy.fleet.members import Members, blob_key, repository_key
 from dockerproxy.fleet.progress import reporting_progress
+from dockerproxy.fleet.question import asks_for_rest
 from dockerproxy.fleet.relays import Relays
-from dockerproxy.fleet.upstream import PeerMeter
+from dockerproxy.fleet.upstream import MAX_PROGRESS, PeerMeter
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.request import Request
 from dockerproxy.http.security_fields import SECURITY_FIELDS
@@ -53,9 +57,11 @@ from dockerproxy.registry.upstream import Namespace, UpstreamRegistry
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 
 _FIELD = FIELD.lower()
-_WHOLE = re.compile(r"bytes=[0-9]+-")  # a range of which a copy is sent, not a part for a check
-_MAX_PROGRESS = 120.0  # seconds for which a member is told that its request is being handled
+_MAX_DIFFERENCES = 1000  # settings of members
+_DIFFERENCE_TTL = 3600.0  # seconds until one is logged again
 _UPSTREAM_WORDS = (UpstreamError, UpstreamRefused, Unauthorized, ManifestUnknown, BlobUnknown, RangeInvalid)
+
+log = Logger()
 
 
 class MirrorDoor(Protocol):
@@ -80,18 +86,30 @@ class MemberRegistry(CachedRegistry):
 
     hop: Hop = field(kw_only=True)
     waits: Waits = field(kw_only=True)
+    differences: BoundedDict[str, bool] = field(kw_only=True)
 
     @property
     def credential(self) -> Credential:
-        """The credential that the member asks for. Raise `ServiceOverloaded` if this one has no such login."""
+        """The credential that the member asks for. Raise `NotCached` if this one has no such login."""
         if self.hop.login is HopLogin.NONE:
             return Anonymous()
         if self.hop.login is HopLogin.CLIENT and self.authorization is not None:
             return ClientCredential(self.authorization)
         login = self.cache.logins.login_for(self.registry) if self.hop.login is HopLogin.CONFIGURED else None
         if login is None:
-            raise ServiceOverloaded(f"this member has no login for {self.registry}")
+            self.report_difference(f"a login for {self.registry} (AUTH_REGISTRIES)")
+            raise NotCached(f"this member has no login for {self.registry}")
         return login
+
+    def report_difference(self, setting: str) -> None:
+        """Warn once an hour that the asking member has `setting`, and this one has not."""
+        if setting not in self.differences:
+            self.differences[setting] = True
+            log.warn(
+                "the member {member} asks with {setting}, which this daemon does not have; such settings must be the"
+                " same at all members",
+                member=self.hop.sender, setting=setting,
+            )  # fmt: skip
 
     async def manifest(
         self, name: Repository, reference: Reference, accept: list[str], *, head: bool
@@ -105,8 +123,23 @@ class MemberRegistry(CachedRegistry):
         # A download is no answer to a new owner: it may be one that gets the blob from there.
         if self.hop.kind is HopKind.FORMER and not self.cache.blobs.is_stored(digest):
             raise NotCached(f"this member does not have {digest}")
-        work = CachedRegistry.blob(self, name, digest, head=head)
-        return await self.waits.run(f"{self.registry.host} {digest}", self.hop, work)
+        return await self.waits.run(f"{self.registry.host} {digest}", self.hop, self._sized_blob(name, digest, head))
+
+    async def _sized_blob(self, name: Repository, digest: Digest, head: bool) -> BlobResponse:
+        """Return a blob with its size: if upstream does not give it, as soon as all of it is here."""
+        response = await CachedRegistry.blob(self, name, digest, head=head)
+        content = response.content
+        if response.size is not None or content is None:
+            return response
+        try:
+            await content.wait_verified()
+        except BaseException:
+            content.close()
+            raise
+        if content.size is None:
+            content.close()
+            raise NotCached(f"this member cannot store {digest}, whose size is unknown")
+        return evolve(response, size=content.size)
 
     def _may_hold_public_token(self) -> bool:
         return False  # the member that asks has tried that
@@ -141,6 +174,11 @@ class FleetDoor:
     intercepted: InterceptedDoor
     mirror_for: Callable[[OpenRegistry], MirrorDoor]
     intercepted_for: Callable[[OpenRegistry], InterceptedDoor]
+    differences: BoundedDict[str, bool] = field(init=False)
+
+    @differences.default
+    def _make_differences(self) -> BoundedDict[str, bool]:
+        return BoundedDict(_MAX_DIFFERENCES, ttl=_DIFFERENCE_TTL, clock=self.clock.seconds)
 
     def handle_mirror(self, request: Request, namespace: Namespace | None) -> Awaitable[None]:
         """Return the awaitable that responds to a request to the mirror. Raise `RegistryError`."""
@@ -172,11 +210,10 @@ class FleetDoor:
 
         Only public blobs have relays: access to others would have to be proved again at each of them.
         """
-        byte_range = request.headers.get("range")
         if hop.kind not in (HopKind.OWNER, HopKind.LAST) or request.method != "GET" or self.is_draining():
             return None
         target = route(request.path)
-        if target.kind is not Kind.BLOB or not (byte_range is None or _WHOLE.fullmatch(byte_range)):
+        if target.kind is not Kind.BLOB or not asks_for_rest(request.headers.get("range")):
             return None
         key, has_failed = blob_key(target.digest), hop.kind is HopKind.LAST
         relay = self.relays.place(key, hop.sender, has_failed=has_failed, successor=self.members.successor(key))
@@ -188,23 +225,50 @@ class FleetDoor:
     def _open_registry(self, hop: Hop, registry: Registry, authorization: str | None, client: str) -> MemberRegistry:
         authorization = authorization if hop.login is HopLogin.CLIENT else None
         cache = self.cached_only if hop.kind in (HopKind.RELAY, HopKind.FORMER) else self.pull_through
-        return MemberRegistry(cache, registry, authorization, None, client, hop=hop, waits=self.waits)
+        return MemberRegistry(
+            cache, registry, authorization, None, client, hop=hop, waits=self.waits, differences=self.differences
+        )
 
     async def _serve(self, request: Request, handle: Callable[[], Awaitable[None]]) -> None:
-        """Serve a member. Until the response starts, tell it that this daemon lives."""
+        """Serve a member. Until the response starts, tell it for MAX_PROGRESS that this daemon lives."""
         try:
-            with reporting_progress(self.clock, request, self.timeout, _MAX_PROGRESS):
+            with reporting_progress(self.clock, request, min(self.timeout, MAX_PROGRESS), MAX_PROGRESS):
                 if self.is_draining():
                     raise ServiceOverloaded("this member is stopping", headers=[("Retry-After", "1")])
                 work = handle()  # which sets the fields, and sends nothing yet
                 _mark(request, UPSTREAM_WORD)
-                await work
+                await self._start_in_time(request, work)
         except RegistryError as error:
             is_own = not isinstance(error, _UPSTREAM_WORDS) or isinstance(error, DestinationForbidden)
             _mark(request, OWN_WORD if is_own else UPSTREAM_WORD)
             raise
         finally:
             self.meter.count_peer_bytes("sent", request.bytes_sent)
+
+    async def _start_in_time(self, request: Request, work: Awaitable[None]) -> None:
+        """Await `work`. End it, and raise `UpstreamTimeout`, if the response has not started after MAX_PROGRESS."""
+        task, is_late = Deferred.fromCoroutine(_await(work)), False
+
+        def end() -> None:
+            nonlocal is_late
+            if not request.started:
+                is_late = True
+                task.cancel()
+
+        timer = self.clock.callLater(MAX_PROGRESS, end)
+        try:
+            await task
+        except CancelledError:
+            if not is_late:
+                raise
+            raise UpstreamTimeout(f"upstream has not answered within {MAX_PROGRESS:g} s") from None
+        finally:
+            if timer.active():
+                timer.cancel()
+
+
+async def _await(work: Awaitable[None]) -> None:
+    await work
 
 
 async def _name_relay(request: Request, relay: str) -> None:

@@ -17,6 +17,10 @@ RETRY_DELAYS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds for which a member is left alone after its first failure, the second in succession, and so on."""
 
 
+_MAX_SCORES = 50_000  # in a second; they take 40 ms
+_MAX_OWNERS = 20_000
+
+
 def blob_key(digest: object) -> str:
     """Return the key of a blob, which all registries share."""
     return str(digest)
@@ -27,11 +31,14 @@ def repository_key(host: object, name: object) -> str:
     return f"{host}/{name}"
 
 
-@lru_cache(4096)
+@lru_cache(512)  # each of a thousand members takes 8 KB
 def ordered(key: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return `names` in the order of their scores for `key`, the owner first."""
-    scores = {name: blake2b(f"{name}\n{key}".encode(), digest_size=8).digest() for name in names}
-    return tuple(sorted(names, key=lambda name: (scores[name], name), reverse=True))
+    return tuple(sorted(names, key=lambda name: _score(name, key), reverse=True))
+
+
+def _score(name: str, key: str) -> tuple[bytes, str]:
+    return blake2b(f"{name}\n{key}".encode(), digest_size=8).digest(), name
 
 
 @define
@@ -56,11 +63,21 @@ class Members:
     changed_at: float = 0.0
     """When the list changed last."""
     _failures: dict[str, _MemberFailures] = field(factory=dict, init=False)
+    _owners: dict[str, bool] = field(factory=dict, init=False)
+    """Whether this daemon owns a key. It has those that were looked at since the list changed."""
+    _scores_left: int = field(default=_MAX_SCORES, init=False)
+    _scored_at: float = field(default=0.0, init=False)
 
     def use(self, names: Iterable[str], me: str) -> None:
-        """Replace the list. Members that stay keep their state."""
+        """Replace the list. Members keep their state, also if they come back while they are left alone."""
         self._names, self.me, self.changed_at = tuple(sorted(set(names))), me, self._now()
-        self._failures = {name: failures for name, failures in self._failures.items() if name in self._names}
+        known = {*self._names}
+        self._failures = {
+            name: failures
+            for name, failures in self._failures.items()
+            if name in known or self.changed_at < failures.until
+        }
+        self._owners.clear()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,15 +90,32 @@ class Members:
 
     def owns(self, key: str) -> bool:
         """Return whether this daemon is the owner of `key` if all members are up."""
-        return bool(self._names) and ordered(key, self._names)[0] == self.me
+        return bool(self._names) and max(self._names, key=lambda name: _score(name, key)) == self.me
 
     def now(self) -> float:
         """Return the seconds of the clock of these members."""
         return self._now()
 
     def is_copy(self, key: str) -> bool:
-        """Return whether another member owns `key`, so that this one may lose it."""
-        return self.me in self._names and not self.owns(key)
+        """Return whether another member is known to own `key`, so that this one may lose it.
+
+        To find out takes a millisecond with a thousand members, and each eviction asks about a thousand keys. So
+        only some are looked at in each second, and the rest may stay for now.
+        """
+        if not self.me:
+            return False
+        is_owner = self._owners.get(key)
+        if is_owner is None:
+            now = self._now()
+            if now - self._scored_at >= 1:
+                self._scored_at, self._scores_left = now, _MAX_SCORES
+            if self._scores_left <= 0:
+                return False
+            self._scores_left -= len(self._names)
+            if len(self._owners) >= _MAX_OWNERS:
+                self._owners.clear()
+            is_owner = self._owners[key] = self.owns(key)
+        return not is_owner
 
     def former_owner(self, key: str) -> str | None:
         """Return the member that owned `key` before this owner came, if it is up; None if this is no owner."""

@@ -13,7 +13,7 @@ from twisted.web.iweb import IBodyProducer
 from dockerproxy.cache.upstream import UpstreamResponse
 from dockerproxy.concurrency import spawn
 from dockerproxy.fleet.hop import FIELD, Hop
-from dockerproxy.fleet.upstream import Question
+from dockerproxy.fleet.question import Question
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
 from dockerproxy.net.upstream_proxy import UpstreamProxy
@@ -27,6 +27,7 @@ MEMBER_PORT = 3128
 """The port of a member that FLEET gives without one: that of the proxy."""
 
 _SEND_TIMEOUT = 60.0  # seconds for which the disk of a member may take no byte of an upload
+_DEPARTURE = 60.0  # seconds after which the connections to a former member are closed
 
 log = Logger()
 
@@ -60,6 +61,7 @@ class HTTPMemberTransport:
     _source_address: Callable[[], str | None]
     _clear: Agent = field(init=False)
     _through: dict[str, Agent] = field(factory=dict, init=False)
+    _members: frozenset[str] = field(default=frozenset(), init=False)
 
     def __attrs_post_init__(self) -> None:
         self._clear = self._agent(None)
@@ -92,8 +94,16 @@ class HTTPMemberTransport:
         return await agent.request(method, url, headers, body, client=member)
 
     def use(self, members: tuple[str, ...]) -> None:
-        """Close the connections to those that are no members any more."""
-        for member in set(self._through) - set(members):
+        """Close the connections to those that are no members any more, unless they come back within a minute.
+
+        DNS may leave out a member now and then.
+        """
+        self._members = frozenset(members)
+        if not self._members.issuperset(self._through):
+            self._reactor.callLater(_DEPARTURE, self._close_departed)
+
+    def _close_departed(self) -> None:
+        for member in set(self._through) - self._members:
             spawn(self._through.pop(member).close(), f"closing the connections to {member}")
 
     async def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TypeGuard
 
-from attrs import frozen
 from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.errors import (
@@ -19,12 +18,13 @@ from dockerproxy.errors import (
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import parse_challenges
-from dockerproxy.oci.names import Registry, Repository
+from dockerproxy.oci.names import Registry
 from dockerproxy.oci.routes import Kind, is_pull_query, route
 from dockerproxy.upstream.agent import Agent, Response
 from dockerproxy.upstream.authorizer import Authorization, Authorizer
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
 from dockerproxy.upstream.redirects import MAX_REDIRECTS, REDIRECTS
+from dockerproxy.upstream.registry_request import RegistryRequest
 from dockerproxy.upstream.urls import resolve_location, split_url
 
 # The registry, and the one it redirects to: once with the cached token, once with a new one if that is rejected.
@@ -35,19 +35,7 @@ _CROSS_ORIGIN_FIELDS = frozenset(
 )
 # Fields that name the account of a login, which the clients that share it need not know.
 _ACCOUNT_FIELDS = ("docker-ratelimit-source",)
-_NO_HEADERS = Headers()
 _PULLED_KINDS = frozenset({Kind.MANIFEST, Kind.BLOB, Kind.REFERRERS, Kind.TAGS})
-
-
-@frozen
-class _Request:
-    method: str
-    registry: Registry
-    path: str
-    headers: Headers
-    body: IBodyProducer | None
-    follow: bool
-    credential: Credential
 
 
 class UpstreamClient:
@@ -62,31 +50,14 @@ class UpstreamClient:
         self._authorizer = authorizer
         self._redirect_address_check = redirect_address_check
 
-    async def request(
-        self,
-        method: str,
-        registry: Registry,
-        path: str,
-        *,
-        name: Repository | None,
-        credential: Credential,
-        headers: Headers = _NO_HEADERS,
-        body: IBodyProducer | None = None,
-        actions: str = "pull",
-        follow: bool = True,
-    ) -> Response:
-        """Send a request to `registry` and return the final response, with any status. `path` includes the query.
+    async def request(self, request: RegistryRequest) -> Response:
+        """Send a request and return the final response, with any status.
 
-        Authorization for `actions` (``pull`` or ``pull,push``) on the repository `name`, or for the catalog if it is
-        None, is added according to `credential`, and replaces the one in `headers`. After a 401 the request is sent
-        again with a new token, unless it has a `body` or the credential is the client's own. Redirects of GET and HEAD
-        are followed if `follow` is true.
-
-        Raise `UpstreamError`, or `Unauthorized` or `TooManyRequests` if the token server refuses a token.
+        After a 401 the request is sent again with a new token, unless it has a body or the credential is the client's
+        own. Raise `UpstreamError`, or `Unauthorized` or `TooManyRequests` if the token server refuses a token.
         """
-        scope = "registry:catalog:*" if name is None else f"repository:{name}:{actions}"
-        follow = follow and method in ("GET", "HEAD")
-        request = _Request(method, registry, path, headers.without("authorization"), body, follow, credential)
+        registry, credential, body = request.registry, request.credential, request.body
+        scope = "registry:catalog:*" if request.name is None else f"repository:{request.name}:{request.actions}"
         target_authorizations: dict[Registry, Authorization] = {}
         ping_target = self._authorizer.ping_target(registry)
         if ping_target is not None and _is_token(credential):
@@ -171,7 +142,7 @@ class UpstreamClient:
             return None  # nobody is refused because of an earlier challenge: the registry names the realm again
 
     async def _authorize_target(
-        self, request: _Request, response: Response, authorizations: dict[Registry, Authorization]
+        self, request: RegistryRequest, response: Response, authorizations: dict[Registry, Authorization]
     ) -> bool:
         """Get a token for the server that `request` was redirected to, and that responded with a 401.
 
@@ -200,7 +171,9 @@ class UpstreamClient:
         authorizations[target] = authorization
         return True
 
-    async def _known_target_authorization(self, request: _Request, target: Registry, path: str) -> Authorization | None:
+    async def _known_target_authorization(
+        self, request: RegistryRequest, target: Registry, path: str
+    ) -> Authorization | None:
         """Return a token for the remembered challenge of `target`, so that it need not refuse first."""
         challenges, scope = self._authorizer.redirect_challenges(request.registry, target), _pull_scope(path)
         if not challenges or scope is None:
@@ -219,7 +192,7 @@ class UpstreamClient:
 
     async def _follow_redirects(
         self,
-        request: _Request,
+        request: RegistryRequest,
         authorization: Authorization | None,
         target_authorizations: dict[Registry, Authorization],
     ) -> Response:
@@ -228,7 +201,9 @@ class UpstreamClient:
         `authorization` is for the registry alone, each of `target_authorizations` for one server that it redirects to.
         """
         registry = request.registry
-        fields = [*request.headers, *([] if authorization is None else [("authorization", authorization.value)])]
+        fields = [*request.headers.without("authorization")]
+        if authorization is not None:
+            fields.append(("authorization", authorization.value))
         headers = Headers.from_lowercase(fields)
         url = registry.origin + request.path
         visited = {url}
@@ -255,7 +230,7 @@ class UpstreamClient:
                     f"{registry}: it redirects to {origin.host.authority}; {error.message}"
                 ) from None
             location = response.headers.get("location")
-            if not request.follow or response.status not in REDIRECTS or location is None:
+            if not request.follows_redirects or response.status not in REDIRECTS or location is None:
                 return response
             await response.discard()
             url = resolve_location(url, location)

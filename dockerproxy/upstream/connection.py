@@ -499,8 +499,7 @@ class UpstreamConnection(Protocol):
             if self._handshake is None:
                 self._fail(UpstreamUnreachable(f"{self.authority}: closed the connection", "reset"))
             else:
-                detail = self._handshake.describe_failure(reason)
-                self._fail(UpstreamUnreachable(f"{self.authority}: {detail}", "tls"))
+                self._fail(self._handshake.failure(reason))
         elif self._response_waiter is not None:
             error_type = UpstreamBroken if self._buffer or self._interim_size else ConnectionDropped
             self._fail(error_type(f"{self.authority}: closed the connection before a complete response head"))

@@ -11,10 +11,10 @@ from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.errors import RegistryError, UpstreamError
 from dockerproxy.http.headers import Headers
-from dockerproxy.oci.names import Registry, Repository
+from dockerproxy.oci.names import Registry
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.connection import Response
-from dockerproxy.upstream.credentials import Credential
+from dockerproxy.upstream.registry_request import RegistryRequest
 
 
 class UpstreamMeter(Protocol):
@@ -41,23 +41,10 @@ class MeteredClient:
     _meter: UpstreamMeter
     _now: Callable[[], float]
 
-    async def request(
-        self,
-        method: str,
-        registry: Registry,
-        path: str,
-        *,
-        name: Repository | None,
-        credential: Credential,
-        **options: Any,
-    ) -> Response:
+    async def request(self, request: RegistryRequest) -> Response:
         """Send a request; see `UpstreamClient.request`."""
-        return await self._measure(
-            method,
-            registry,
-            path,
-            partial(self._client.request, method, registry, path, name=name, credential=credential, **options),
-        )
+        send = partial(self._client.request, request)
+        return await self._measure(request.method, request.registry, request.path, send)
 
     async def send(
         self,

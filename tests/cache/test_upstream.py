@@ -15,6 +15,7 @@ from dockerproxy.errors import (
     UpstreamRefused,
     is_outage,
 )
+from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import parse_repository
 from dockerproxy.upstream.credentials import Anonymous
 from tests.cache.support.harness import HUB, OTHER, result
@@ -31,8 +32,8 @@ def error_for(response: ScriptedResponse, unknown: str = "BLOB_UNKNOWN") -> Regi
 def test_names_and_paths() -> None:
     repository = UpstreamRepository(OTHER, parse_repository("a/b"), Anonymous())
     assert repository.key == "other.example:5000/a/b"
-    assert repository.blob_path("sha256:x") == "/v2/a/b/blobs/sha256:x"
-    assert repository.manifest_path("1") == "/v2/a/b/manifests/1"
+    assert repository.blob_request("GET", "sha256:x").path == "/v2/a/b/blobs/sha256:x"
+    assert repository.manifest_request("GET", "1", Headers()).path == "/v2/a/b/manifests/1"
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 416, 451, 499])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from dockerproxy.errors import ServiceOverloaded
+from dockerproxy.fleet import directory
 from dockerproxy.fleet.directory import LOOKUP_INTERVAL, Directory, FleetInvalid, Identity, check_list
 from dockerproxy.fleet.members import Members
 from dockerproxy.oci.names import Host
@@ -117,3 +119,100 @@ def test_a_list_that_stays_the_same_is_no_change() -> None:
     harness.resolver.addresses = ["10.0.0.2", "10.0.0.1"]
     harness.clock.advance(LOOKUP_INTERVAL)
     assert len(harness.changes) == 1
+
+
+def test_another_list_is_used_after_a_reload() -> None:
+    harness = DirectoryHarness("10.0.0.1", "10.0.0.2")
+    harness.directory.start()
+    harness.directory.change(hosts("10.0.0.1", "10.0.0.3"))
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.3:3128") and len(harness.changes) == 2
+
+
+def test_a_name_may_become_addresses_and_the_other_way() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2"]
+    harness.directory.start()
+    harness.directory.change(hosts("10.0.0.1", "10.0.0.3"))
+    harness.clock.advance(3 * LOOKUP_INTERVAL)
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.3:3128")  # nobody looks the name up any more
+    harness.directory.change(hosts("fleet.example"))
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.2:3128")
+    assert len(harness.clock.getDelayedCalls()) == 1
+
+
+def test_an_answer_for_the_name_before_counts_for_nothing() -> None:
+    harness = DirectoryHarness("fleet.example")
+    answer: Deferred[list[str]] = Deferred()
+
+    async def resolve(name: str, client: str = "") -> list[str]:
+        return await answer
+
+    harness.resolver.resolve = resolve  # type: ignore[method-assign]
+    harness.directory.start()
+    harness.directory.change(hosts("10.0.0.1", "10.0.0.3"))
+    answer.callback(["10.0.0.1", "10.0.0.9"])
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.3:3128") and harness.clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("listed", [("10.0.0.2", "10.0.0.3"), ("10.0.0.1", "10.0.0.9")], ids=["nobody", "twice"])
+def test_a_reload_refuses_a_list_that_does_not_say_who_this_daemon_is(listed: tuple[str, ...]) -> None:
+    harness = DirectoryHarness("10.0.0.1", "10.0.0.2")
+    with pytest.raises(FleetInvalid):
+        harness.directory.check(hosts(*listed))
+    harness.directory.check(hosts("fleet.example"))  # which only a look-up tells
+
+
+def many(count: int) -> list[str]:
+    return ["10.0.0.1", *(f"10.1.{number // 250}.{number % 250}" for number in range(count - 1))]
+
+
+def test_a_thousand_members_are_allowed() -> None:
+    harness = DirectoryHarness("10.0.0.1", "10.0.0.2")
+    harness.directory.check(hosts(*many(1000)))
+    with pytest.raises(FleetInvalid, match="FLEET has 1001 members; 1000 are allowed"):
+        harness.directory.check(hosts(*many(1001)))
+
+
+def test_a_name_with_too_many_addresses_keeps_the_last_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    for level in ("warn", "info"):
+        monkeypatch.setattr(directory.log, level, lambda form, **values: lines.append(form.format(**values)))
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = many(1000)
+    harness.directory.start()
+    harness.resolver.addresses = many(1001)
+    for _ in range(3):
+        harness.clock.advance(LOOKUP_INTERVAL)
+    assert len(harness.members.names) == 1000
+    came, warned = lines  # once, and not all the names
+    assert came.startswith("the fleet has 1000 members (10.0.0.1:3128 ") and len(came) < 400
+    assert warned == "FLEET has 1001 members; 1000 are allowed; the last 1000 members are kept"
+
+
+def test_answers_that_flap_are_followed_and_logged_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member that has sent wrong content is left alone also if it was gone meanwhile."""
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    harness.directory.start()
+    harness.members.distrusted("10.0.0.2:3128", "wrong content", 600)
+    for _ in range(10):
+        harness.resolver.addresses = ["10.0.0.1", "10.0.0.3"]
+        harness.clock.advance(LOOKUP_INTERVAL)
+        assert "10.0.0.2:3128" not in harness.members.states()
+        harness.resolver.addresses = ["10.0.0.3", "10.0.0.2", "10.0.0.1"]
+        harness.clock.advance(LOOKUP_INTERVAL)
+        assert harness.members.is_down("10.0.0.2:3128")
+
+
+def test_a_name_that_has_only_others_leaves_this_daemon_alone() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.2", "10.0.0.3"]
+    harness.directory.start()
+    assert harness.members.me == "" and "me" not in harness.members.states().values()
+
+
+def test_members_by_ipv6_are_found_in_each_spelling() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["fd00::1", "fd00:0:0::2"]
+    harness.directory.start()
+    assert harness.members.names == ("[fd00::1]:3128", "[fd00::2]:3128") and harness.members.me == "[fd00::1]:3128"

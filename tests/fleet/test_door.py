@@ -1,4 +1,4 @@
-"""The door for members: strangers get no hold of it, and members learn whose word an answer is."""
+"""The door for members: strangers get no hold of it, and members learn if an answer is the word of upstream."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from dockerproxy.cache.pullthrough import CachedRegistry
 from dockerproxy.errors import (
     Denied,
     DestinationForbidden,
@@ -28,6 +29,7 @@ from dockerproxy.fleet.members import Members, blob_key, ordered
 from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.request import Request
+from dockerproxy.oci.content import BlobResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.names import Digest, Registry, parse_repository
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
@@ -68,7 +70,7 @@ class Clients:
 
 
 class DoorHarness:
-    """A door at the member `ME`. `serve` is what a request of a member does with its registry."""
+    """A door at the member `ME`. `serve` is the work of a request of a member with its registry."""
 
     def __init__(self, fan_out: int = 8) -> None:
         self.clock = Clock()
@@ -166,7 +168,7 @@ def test_a_login_is_used_only_if_the_member_asks_for_it(harness: DoorHarness) ->
 def test_a_member_without_the_login_says_so(harness: DoorHarness) -> None:
     for hop in (Hop(MEMBER, HopLogin.CONFIGURED), Hop(MEMBER, HopLogin.CLIENT)):
         harness.fetch(hop)
-        with pytest.raises(ServiceOverloaded):
+        with pytest.raises(NotCached):
             _ = harness.opened[-1].credential
 
 
@@ -226,16 +228,72 @@ def test_progress_is_reported_while_upstream_is_slow(harness: DoorHarness) -> No
     assert client.received.count(b"102 Processing") == 4
 
 
-def test_progress_ends_if_upstream_never_answers(harness: DoorHarness) -> None:
+def test_a_member_learns_within_half_a_minute_that_upstream_does_not_answer(harness: DoorHarness) -> None:
+    """It asks upstream itself then: perhaps only this member cannot reach it."""
+    is_cancelled: list[bool] = []
+
     async def wait(request: Request) -> None:
-        await Deferred()
+        await Deferred(lambda _: is_cancelled.append(True))
 
     harness.serve = wait
     client = harness.connect()
     client.send_request("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))])
-    harness.clock.pump([1.0] * 400)
-    assert client.received.count(b"102 Processing") == 60
+    harness.clock.pump([1.0] * 60)
+    assert client.received.count(b"102 Processing") == 14 and is_cancelled == [True]
+    assert b"HTTP/1.1 504 " in client.received and b"X-Fleet-Answer: upstream" in client.received
+
+
+def test_a_member_that_leaves_ends_its_request(harness: DoorHarness) -> None:
+    is_cancelled: list[bool] = []
+
+    async def wait(request: Request) -> None:
+        await Deferred(lambda _: is_cancelled.append(True))
+
+    harness.serve = wait
+    client = harness.connect()
+    client.send_request("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))])
     client.disconnect()
+    harness.clock.advance(1)
+    assert is_cancelled == [True]
+
+
+class Arriving:
+    """A blob of which upstream gives no size. Stands for its `BlobReader`."""
+
+    def __init__(self, size: int | None) -> None:
+        self.size: int | None = None
+        self.is_closed = False
+        self._final_size = size
+
+    async def wait_verified(self) -> None:
+        await Deferred.fromCoroutine(self._arrive())
+
+    async def _arrive(self) -> None:
+        self.size = self._final_size
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("size", [12, None], ids=["stored", "not stored"])
+def test_a_blob_is_sent_with_its_size_or_not_at_all(
+    harness: DoorHarness, monkeypatch: pytest.MonkeyPatch, size: int | None
+) -> None:
+    """A member would take it for one that sends without an end."""
+    content = Arriving(size)
+
+    async def blob(self: CachedRegistry, name: object, digest: Digest, *, head: bool) -> BlobResponse:
+        return BlobResponse(digest, None, content, "MISS")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CachedRegistry, "blob", blob)
+    harness.fetch(Hop(MEMBER))
+    work = Deferred.fromCoroutine(harness.opened[0].blob(parse_repository("a/b"), DIGEST, head=False))
+    results: list[Any] = []
+    work.addBoth(results.append)
+    if size is None:
+        assert isinstance(results[0].value, NotCached) and content.is_closed
+    else:
+        assert results[0].size == size and not content.is_closed
 
 
 def owned_by_me() -> str:
@@ -296,7 +354,7 @@ def test_an_address_that_a_reverse_proxy_names_is_no_members(harness: DoorHarnes
 
 
 def test_a_member_learns_of_an_outage(harness: DoorHarness) -> None:
-    """It serves what it has. A request for a login would be taken for upstream's refusal."""
+    """It serves its copies. A request for a login would be taken for upstream's refusal."""
     harness.fetch(Hop(MEMBER))
     outage = UpstreamFailing("it answered 503")
     assert harness.opened[0].request_login(outage, parse_repository("a/b")) is outage

@@ -110,7 +110,35 @@ def test_a_new_list_keeps_what_is_known_of_those_that_stay() -> None:
     members.failed("b:1", "reset")
     members.failed("c:1", "reset")
     members.use(("a:1", "b:1", "d:1"), "a:1")
-    assert members.states() == {"a:1": "me", "b:1": "reset", "d:1": "up"}
+    assert members.states() == {"a:1": "me", "b:1": "reset", "d:1": "up"} and members.count_others() == (1, 1)
+
+
+def test_a_member_that_comes_back_is_left_alone_for_the_rest_of_its_time() -> None:
+    members, clock = make_members("a:1", "b:1")
+    members.distrusted("b:1", "wrong content", 600)
+    members.use(("a:1",), "a:1")
+    members.use(("a:1", "b:1"), "a:1")
+    assert members.is_down("b:1")
+    members.use(("a:1",), "a:1")
+    clock.now += 601
+    members.use(("a:1",), "a:1")
+    members.use(("a:1", "b:1"), "a:1")
+    assert members.states()["b:1"] == "up"
+
+
+def test_who_makes_room_learns_of_some_copies_in_each_second() -> None:
+    """A thousand members times a thousand keys would take a second."""
+    known = [f"10.{number // 250}.{number % 250}.1:3128" for number in range(1000)]
+    members, clock = make_members(*known, me=known[0])
+    keys = [f"sha256:{number:064x}" for number in range(200)]
+    assert sum(map(members.is_copy, keys)) == 50
+    assert sum(map(members.is_copy, keys)) == 50  # the same, which are known
+    clock.now += 1
+    assert sum(map(members.is_copy, keys)) == 100
+    members.use(known, known[0])  # a new list
+    assert sum(map(members.is_copy, keys)) == 0
+    clock.now += 1
+    assert all(members.is_copy(key) != members.owns(key) for key in keys[:50])
 
 
 def test_nobody_is_asked_without_members() -> None:

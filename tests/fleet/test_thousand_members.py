@@ -18,28 +18,35 @@ from dockerproxy.cache.upstream import UpstreamResponse
 from dockerproxy.errors import UpstreamBroken, UpstreamError, UpstreamUnreachable
 from dockerproxy.fleet.hop import Hop, HopKind
 from dockerproxy.fleet.members import Members, blob_key, ordered
+from dockerproxy.fleet.question import Question
 from dockerproxy.fleet.relays import Relays
-from dockerproxy.fleet.upstream import FleetUpstream, MemberClient, Question
+from dockerproxy.fleet.upstream import FleetUpstream, MemberClient
 from dockerproxy.fleet.waits import Waits
 from dockerproxy.http.headers import Headers
 from dockerproxy.oci.names import Digest, Registry, parse_repository
+from dockerproxy.thread_pool import ContentParser
 from dockerproxy.upstream.credentials import Anonymous
+from dockerproxy.upstream.registry_request import RegistryRequest
 
 REGISTRY, NAME = Registry.parse("registry.example"), parse_repository("library/app")
 DIGEST = Digest.of(b"the blob of a thousand members")
 PATH = f"/v2/{NAME}/blobs/{DIGEST}"
 PIECES = 20  # of the blob; a step moves one
+PIECE = bytes(1 << 20)
 STEP = 0.1  # seconds
 FAN_OUT = 8
 
 
 class Pieces:
-    """The body of a response, from piece `start` on of what `source` has."""
+    """The body of a response, from piece `start` on of the pieces of `source`."""
 
     sender: Any = None
 
     def __init__(self, network: Network, source: Node | None, start: int, fields: dict[str, str], status: int) -> None:
-        self.status, self.headers, self.length = status, Headers(fields.items()), None if status == 200 else 0
+        size, offset, length = PIECES * len(PIECE), start * len(PIECE), (PIECES - start) * len(PIECE)
+        if status == 206:
+            fields = {**fields, "content-range": f"bytes {offset}-{size - 1}/{size}"}
+        self.status, self.headers, self.length = status, Headers(fields.items()), length if status == 206 else 0
         self._network, self._source, self._position = network, source, start
 
     async def read_pieces(self, at_least: int, timeout: float) -> list[bytes]:
@@ -53,7 +60,7 @@ class Pieces:
                 return []
             if self._source is None or self._source.pieces > self._position:
                 self._position += 1
-                return [b"x"]
+                return [PIECE]
             if waited > 5:
                 raise UpstreamBroken("silent for FLEET_TIMEOUT")
 
@@ -62,6 +69,10 @@ class Pieces:
 
     def abort(self) -> None:
         """Do nothing."""
+
+
+def first_piece(headers: Headers) -> int:
+    return int((headers.get("range") or "bytes=0-")[6:-1]) // len(PIECE)
 
 
 class Node:
@@ -75,7 +86,7 @@ class Node:
         self.members = Members(clock.seconds)
         self.members.use(names, name)
         self.waits, self.relays = Waits(clock, None), Relays(FAN_OUT, clock.seconds)
-        client = MemberClient(clock, self.members, network, self.waits, network)
+        client = MemberClient(clock, self.members, network, self.waits, network, network.parser, 1 << 40)
         self.client = FleetUpstream(network, self.members, client)
 
     async def load(self) -> None:
@@ -84,10 +95,10 @@ class Node:
             return
         self.is_loading = True
         while self.pieces < PIECES and self.is_alive:
-            fields = Headers([("range", f"bytes={self.pieces}-")])
+            fields = Headers([("range", f"bytes={self.pieces * len(PIECE)}-")])
             try:
                 response = await self.client.request(
-                    "GET", REGISTRY, PATH, name=NAME, credential=Anonymous(), headers=fields
+                    RegistryRequest("GET", REGISTRY, PATH, name=NAME, credential=Anonymous(), headers=fields)
                 )
                 while self.is_alive and await response.read_pieces(1, 0.0):
                     self.pieces += 1
@@ -97,7 +108,7 @@ class Node:
 
     async def serve(self, question: Question, hop: Hop) -> Pieces:
         """Answer a member, as `FleetDoor` does."""
-        start = int((question.headers.get("range") or "bytes=0-")[6:-1])
+        start = first_piece(question.headers)
         if self.waits.member(question.wait_key) == hop.sender:
             return Pieces(self.network, self, 0, {"x-fleet-answer": "own"}, 508)
         if hop.kind in (HopKind.OWNER, HopKind.LAST):
@@ -110,22 +121,23 @@ class Node:
         elif not self.is_loading:
             return Pieces(self.network, self, 0, {"x-fleet-answer": "own"}, 504)
         self.copies[hop.sender] += 1
-        return Pieces(self.network, self, start, {"x-fleet-answer": "upstream"}, 200)
+        return Pieces(self.network, self, start, {"x-fleet-answer": "upstream"}, 206)
 
 
 class Network:
-    """Upstream, and what connects the members."""
+    """Upstream, and the network of the members."""
 
     def __init__(self, size: int) -> None:
         self.clock = Clock()
+        self.parser = ContentParser(None)  # type: ignore[arg-type]  # there are no manifests
         names = [f"10.0.{number // 250}.{number % 250}:3128" for number in range(size)]
         self.nodes = {name: Node(self, name, names) for name in names}
         self.transfers: list[int] = []  # the first piece of each
 
-    async def request(self, method: str, registry: Registry, path: str, **options: Any) -> UpstreamResponse:
-        start = int((options["headers"].get("range") or "bytes=0-")[6:-1])
+    async def request(self, request: RegistryRequest) -> UpstreamResponse:
+        start = first_piece(request.headers)
         self.transfers.append(start)
-        return Pieces(self, None, start, {}, 200)  # type: ignore[return-value]
+        return Pieces(self, None, start, {}, 206)  # type: ignore[return-value]
 
     async def ask(self, member: str, question: Question, hop: Hop) -> UpstreamResponse:
         await deferLater(self.clock, 0.001)

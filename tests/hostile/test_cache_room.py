@@ -30,7 +30,7 @@ CACHE = {"CACHE_MAX_SIZE": "10m"}
 
 
 class Cache:
-    """A daemon whose cache of 10 MiB has eight blobs of 1 MiB from the honest registry."""
+    """A daemon with a cache of 10 MiB that has eight blobs of 1 MiB from the honest registry."""
 
     def __init__(self, network: HostileNetwork, daemon: RegistryDaemon) -> None:
         self._network = network

@@ -1,221 +1,347 @@
-"""A hostile member of a fleet, and strangers that pose as members."""
+"""A hostile member of a fleet, and strangers that pose as members.
+
+A member is trusted less than a registry. These are the kinds of its attacks, each in the clear and over TLS:
+
+- it refuses the connection, hangs up or says nothing: before the request, at CONNECT, within the handshake, after the
+  request, and after each kind of byte of the answer
+- its certificate is not one of the fleet's CA, or of another registry
+- it sends no HTTP, a head without an end, a framing that contradicts itself
+- it says that upstream refuses, fails or redirects, in its own word, in upstream's, in one that does not exist
+- it sends this daemon to itself, back, round in circles, to strangers, to all members
+- it sends less, more, without an end, with a coding, another range, another size, another digest, other bytes
+- it claims limits, challenges, cookies and locations
+
+A client gets the right bytes in each case but the last bytes of two: if a long blob has the right form and other bytes,
+these have been sent on before the digest shows it. That pull breaks off, and the next one succeeds.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import itertools
-import socket
-import socketserver
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socket import socket
 
 import pytest
 
 from bench.servers import free_port
-from dockerproxy.fleet.members import ordered
 from tests.e2e.harness.fleet import MemberDaemon
 from tests.e2e.harness.http_client import BufferedResponse, read_response, send_raw_request
-from tests.e2e.harness.images import random_bytes
-from tests.hostile.conftest import GOOD, HostileNetwork
+from tests.hostile.members import (
+    ADDRESS,
+    SIZE,
+    Attack,
+    Hit,
+    HostileFleet,
+    HostileMember,
+    Target,
+    Tunnel,
+    accept_tunnel,
+    listening,
+    running_fleet,
+)
 
 pytestmark = pytest.mark.slow
 
-SIZE = 300_000  # bytes: too many to be read as a whole before they are passed on
-HEAD = "HTTP/1.1 200 OK\r\nX-Fleet-Answer: upstream\r\nContent-Type: application/octet-stream\r\n"
-
-Attack = Callable[[socket.socket], None]
-"""Answers a request on a connection of the hostile member, which is closed afterwards."""
+KINDS = ("blob", "login", "manifest")  # of content; see `Target`
+TRAP = f"127.0.0.31:{free_port()}"
+"""The address of a server that is no member, and no registry. Nobody may be sent there."""
 
 
-class HostileMember:
-    """An address in FLEET at which `attack` answers every request."""
-
-    def __init__(self, address: str, attack: Attack) -> None:
-        self.attack = attack
-        self.requests: list[bytes] = []
-        member = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with suppress(OSError):
-                    self.request.settimeout(60)
-                    data = b""
-                    while b"\r\n\r\n" not in data:
-                        piece = self.request.recv(65536)
-                        if not piece:
-                            return
-                        data += piece
-                    member.requests.append(data)
-                    member.attack(self.request)
-
-        class Server(socketserver.ThreadingTCPServer):
-            daemon_threads = True
-            allow_reuse_address = True
-
-        self._server = Server((address, free_port()), Handler)
-        self.name = f"{address}:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+def lines(*fields: str) -> str:
+    return "\r\n".join(fields) + "\r\n"
 
 
-@contextmanager
-def fleet_of(
-    attack: Attack, network: HostileNetwork, folder: Path, workers: int, **settings: str
-) -> Iterator[tuple[MemberDaemon, HostileMember]]:
-    """Run a daemon in a fleet with a hostile member."""
-    common = {**network.settings, "WORKERS": str(workers), "FLEET_TIMEOUT": "1s", **settings}
-    daemon, member = MemberDaemon(folder / "member", 0, common), HostileMember("127.0.0.21", attack)
-    daemon.environment["FLEET"] = f"{daemon.name} {member.name}"
-    try:
-        daemon.start()
-        yield daemon, member
-        daemon.check_log([])
-    finally:
-        member.stop()
-        if daemon.running:
-            daemon.kill()
+HEAD = lines("HTTP/1.1 200 OK", "X-Fleet-Answer: upstream", "Content-Type: application/octet-stream")
+LENGTH = f"Content-Length: {SIZE}"
 
 
-def owned_by(member: str, daemon: MemberDaemon, size: int = SIZE) -> bytes:
-    """Return the content of a blob that `member` owns."""
-    names = tuple(sorted((member, daemon.name)))
-    for number in itertools.count():
-        data = random_bytes(size, f"hostile {number}")
-        if ordered(f"sha256:{hashlib.sha256(data).hexdigest()}", names)[0] == member:
-            return data
-    raise AssertionError
+def whole(hit: Hit, *fields: str, body: bytes | None = None) -> None:
+    """Send an answer with the right head and other fields, and `body`, or the right one."""
+    hit.answer(200, LENGTH, *fields, body=hit.data if body is None else body)
 
 
-def _refuse_later(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+def bytes_without_end(hit: Hit) -> None:
+    """Send the right answer, and more."""
+    without_end(HEAD, f"{LENGTH}\r\n\r\n", piece=hit.data)(hit)
 
 
-def _elsewhere(connection: socket.socket) -> None:
-    head = "HTTP/1.1 307 Temporary Redirect\r\nX-Fleet-Answer: own\r\nX-Fleet-Relay: {}\r\nLocation: http://{}/\r\n"
-    target = f"127.0.0.31:{_trap_port}"
-    connection.sendall((head.format(target, target) + "Content-Length: 0\r\n\r\n").encode())
+def sends(*parts: str | bytes, waits: bool = False) -> Attack:
+    """Return the attack that sends `parts`, and hangs up, or `waits`."""
+
+    def attack(hit: Hit) -> None:
+        hit.send(*parts)
+        if waits:
+            hit.wait()
+
+    return attack
 
 
-def _redirect(connection: socket.socket) -> None:
-    connection.sendall(
-        f"HTTP/1.1 307 See\r\nX-Fleet-Answer: upstream\r\nLocation: http://127.0.0.31:{_trap_port}/\r\n"
-        "Content-Length: 0\r\n\r\n".encode()
-    )
+def says(status: int, *fields: str, word: str = "upstream", body: bytes = b"{}") -> Attack:
+    return lambda hit: hit.answer(status, f"Content-Length: {len(body)}", *fields, body=body, word=word)
 
 
-def _endless(connection: socket.socket) -> None:
-    """Send a body without an end, of the wrong content."""
-    connection.sendall(f"{HEAD}Connection: close\r\n\r\n".encode())
-    while True:
-        connection.sendall(b"\0" * 65536)
+def sends_bytes(count: int, *, waits: bool = False) -> Attack:
+    """Return the attack that sends the right head and so many of the right bytes."""
+
+    def attack(hit: Hit) -> None:
+        whole(hit, body=hit.data[:count])
+        if waits:
+            hit.wait()
+
+    return attack
 
 
-def _endless_head(connection: socket.socket) -> None:
-    while True:
-        connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\n" * 100)
+def names_relay(name: Callable[[str], str]) -> Attack:
+    """Return the attack that sends the daemon to the member that `name` returns for its own address."""
+
+    def attack(hit: Hit) -> None:
+        host, port = hit.connection.getsockname()[:2]
+        target = name(f"{host}:{port}")
+        hit.answer(307, f"X-Fleet-Relay: {target}", f"Location: http://{target}/", "Content-Length: 0", word="own")
+
+    return attack
 
 
-def _silent_body(connection: socket.socket) -> None:
-    connection.sendall(f"{HEAD}Content-Length: {SIZE}\r\n\r\n".encode())
-    threading.Event().wait(10)
+def without_end(*head: str, piece: bytes) -> Attack:
+    """Return the attack that sends `piece` again and again."""
+
+    def attack(hit: Hit) -> None:
+        hit.send("".join(head))
+        while True:
+            hit.send(piece)
+
+    return attack
 
 
-def _nothing(connection: socket.socket) -> None:
-    connection.sendall(f"{HEAD}Content-Length: 0\r\n\r\n".encode())
+EVIL = f"Location: http://{TRAP}/"
 
+ATTACKS: dict[str, Attack] = {
+    # hangs up or is silent after each kind of byte
+    "no answer": sends(),
+    "silence": sends(waits=True),
+    "half a status line": sends("HTTP/1.1 2"),
+    "half a status line, silence": sends("HTTP/1.1 2", waits=True),
+    "a status line": sends("HTTP/1.1 200 OK\r\n"),
+    "half a head": sends(HEAD),
+    "a head": sends_bytes(0),
+    "a head, silence": sends_bytes(0, waits=True),
+    "the first byte": sends_bytes(1),
+    "the first byte, silence": sends_bytes(1, waits=True),
+    "half of the bytes": sends_bytes(SIZE // 2),
+    "half of the bytes, silence": sends_bytes(SIZE // 2, waits=True),
+    "all but the last byte": sends_bytes(SIZE - 1),
+    "all but the last byte, silence": sends_bytes(SIZE - 1, waits=True),
+    "an interim response, silence": sends("HTTP/1.1 102 Processing\r\n\r\n", waits=True),
+    # no HTTP, and contradictory framing
+    "no HTTP": sends(bytes(range(256)) * 100 + b"\r\n\r\n"),
+    "HTTP/0.9": sends(b"<html>not found</html>"),
+    "HTTP/3": sends("HTTP/3 200 OK\r\n\r\n"),
+    "interim responses without an end": without_end(piece=b"HTTP/1.1 102 Processing\r\n\r\n" * 100),
+    "a head without an end": without_end("HTTP/1.1 200 OK\r\n", piece=b"X-A: " + b"a" * 1000 + b"\r\n"),
+    "a field without an end": without_end("HTTP/1.1 200 OK\r\nX-A: ", piece=b"a" * 65536),
+    "two lengths": lambda hit: whole(hit, "Content-Length: 5"),
+    "a negative length": sends(HEAD, "Content-Length: -1\r\n\r\n"),
+    "a length of words": sends(HEAD, "Content-Length: many\r\n\r\n"),
+    "length and chunks": lambda hit: whole(hit, "Transfer-Encoding: chunked"),
+    "another transfer coding": sends(HEAD, "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+    "broken chunks": sends(HEAD, "Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+    # bytes without an end
+    "bytes without an end": without_end(HEAD, "Connection: close\r\n\r\n", piece=b"\0" * 65536),
+    "chunks without an end": without_end(
+        HEAD, "Transfer-Encoding: chunked\r\n\r\n", piece=b"10000\r\n" + b"\0" * 65536 + b"\r\n"
+    ),
+    "more bytes than announced, without an end": bytes_without_end,
+    "a huge length, then silence": sends(HEAD, f"Content-Length: {10**17}\r\n\r\n", b"\0" * 65536, waits=True),
+    "a length beyond all": sends(HEAD, f"Content-Length: {1 << 80}\r\n\r\n", b"\0" * 65536),
+    "a length of some TB, bytes without an end": without_end(
+        HEAD, f"Content-Length: {10**13}\r\n\r\n", piece=b"\0" * 65536
+    ),
+    # upstream's word
+    "301 elsewhere": says(301, EVIL), "302 elsewhere": says(302, EVIL), "307 elsewhere": says(307, EVIL),
+    "303 to itself": says(303, "Location: /v2/"), "308 elsewhere, own": says(308, EVIL, word="own"),
+    "204": says(204, body=b""), "304": says(304, body=b""), "206 for the whole": says(206),
+    "401 elsewhere": says(401, f'WWW-Authenticate: Bearer realm="http://{TRAP}/token",service="evil"'),
+    "401 Basic": says(401, "WWW-Authenticate: Basic realm=evil"), "403": says(403), "404": says(404),
+    "404 without an end": without_end(lines("HTTP/1.1 404 X", "X-Fleet-Answer: upstream"), "\r\n", piece=b"{" * 65536),
+    "410": says(410), "416": says(416), "429 for an hour": says(429, "Retry-After: 3600"), "500": says(500),
+    "502": says(502), "503 for an hour": says(503, "Retry-After: 3600"), "504": says(504), "999": says(999),
+    # its own word, none, and others
+    "404, own": says(404, word="own"), "508, own": says(508, word="own"), "503, own": says(503, word="own"),
+    "200, own": lambda hit: hit.answer(200, LENGTH, body=hit.data, word="own"),
+    "200, nobody's": lambda hit: hit.answer(200, LENGTH, body=hit.data, word=""),
+    "200, of two": lambda hit: hit.answer(200, LENGTH, "X-Fleet-Answer: upstream", body=b"\1" * SIZE, word="evil"),
+    "401, nobody's": says(401, word=""), "407, nobody's": says(407, "Proxy-Authenticate: Basic realm=evil", word=""),
+    "a stale copy": lambda hit: whole(hit, "X-Cache: STALE", "X-Cache-Because: no"),
+    # relays
+    "a stranger": names_relay(lambda own: TRAP), "itself": names_relay(lambda own: own),
+    "a name": names_relay(lambda own: "evil.example:80"), "nobody": names_relay(lambda own: ""),
+    "lines": names_relay(lambda own: "a\r\n b"), "much": names_relay(lambda own: "a" * 8000),
+    "an address in parts": names_relay(lambda own: own.replace(":", " ")),
+    # content of another form
+    "no content": says(200, body=b""), "no length": lambda hit: hit.answer(200, "Connection: close", body=hit.data),
+    "chunks": lambda hit: hit.answer(
+        200, "Transfer-Encoding: chunked", body=b"%x\r\n%s\r\n0\r\n\r\n" % (SIZE, hit.data)
+    ),
+    "gzip": lambda hit: whole(hit, "Content-Encoding: gzip"),
+    "a coding that nobody knows": lambda hit: whole(hit, "Content-Encoding: evil"),
+    "another digest": lambda hit: whole(hit, f"Docker-Content-Digest: sha256:{'0' * 64}"),
+    "no digest": lambda hit: whole(hit, "Docker-Content-Digest: evil"),
+    "a range that nobody asked for": lambda hit: hit.answer(
+        206, LENGTH, f"Content-Range: bytes 0-{SIZE - 1}/{SIZE}", body=hit.data
+    ),
+    "short and other content": says(200, body=b"other"),
+    # claims, with the right content
+    "claims": lambda hit: whole(
+        hit, "RateLimit-Remaining: 0;w=21600", "RateLimit-Limit: 1;w=21600", "Set-Cookie: a=b", EVIL, "Retry-After: 99",
+        f'WWW-Authenticate: Bearer realm="http://{TRAP}/token"', "Docker-Distribution-API-Version: registry/9.0",
+        "Link: </evil>; rel=next", "X-Cache: MISS", "Via: 1.1 evil", "Content-Type: text/html", "Warning: 299 - evil",
+        'CDN-Loop: docker-registry-proxy;from="evil";login=none;as=owner', "OCI-Subject: evil",
+        "Connection: a, b, close",
+    ),
+}  # fmt: skip
 
-def _huge_length(connection: socket.socket) -> None:
-    connection.sendall(f"{HEAD}Content-Length: {1 << 62}\r\n\r\n".encode() + b"\0" * 65536)
-    threading.Event().wait(10)
-
-
-def _binary(connection: socket.socket) -> None:
-    connection.sendall(bytes(range(256)) * 100 + b"\r\n\r\n")
-
-
-def _forged_refusal(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 401 No\r\nContent-Length: 2\r\n\r\n{}")
-
-
-_trap_port = free_port()
-
-ATTACKS = {
-    "breaks off in the head": _refuse_later,
-    "names a stranger": _elsewhere,
-    "redirects elsewhere": _redirect,
-    "endless head": _endless_head,
-    "silent body": _silent_body,
-    "no content": _nothing,
-    "huge length, then silence": _huge_length,
-    "no HTTP": _binary,
-    "refuses like no member": _forged_refusal,
+WRONG_BYTES: dict[str, Attack] = {
+    "the first byte": lambda hit: whole(hit, body=b"x" + hit.data[1:]),
+    "the last byte": lambda hit: whole(hit, body=hit.data[:-1] + b"x"),
+    "all bytes": lambda hit: whole(hit, body=b"\1" * SIZE),
+    "a byte more": lambda hit: hit.answer(200, f"Content-Length: {SIZE + 1}", body=hit.data + b"x"),
+    "a byte less": lambda hit: hit.answer(200, f"Content-Length: {SIZE - 1}", body=hit.data[:-1]),
 }
+"""Attacks with content of the right form, of which the digest shows at its end only that it is wrong."""
+
+MANY_BYTES_MORE = without_end(HEAD, f"Content-Length: {10**9}\r\n\r\n", piece=b"\0" * 65536)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_every_pull_ends_with_the_right_bytes(
-    network: HostileNetwork, tmp_path: Path, workers: int, attack: Attack
-) -> None:
-    """The content comes from upstream then, whatever a member sends."""
-    trap = HostileMember("127.0.0.31", _nothing)
-    global _trap_port
-    _trap_port = int(trap.name.rpartition(":")[2])
+def refuses_tunnel(answer: bytes, *, waits: bool = False) -> Tunnel:
+    def respond(member: HostileMember, connection: socket) -> None:
+        connection.sendall(answer)
+        if waits:
+            Hit(connection, b"", b"").wait()
+
+    return respond
+
+
+def drip_handshake(member: HostileMember, connection: socket) -> None:
+    """Send a byte of a handshake now and then, so that the connection is never silent."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc\x03\x03")
+    while True:
+        connection.sendall(b"\0")
+        threading.Event().wait(0.1)
+
+
+def send_endless_head(member: HostileMember, connection: socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        connection.sendall(b"X-A: " + b"a" * 1000 + b"\r\n")
+
+
+def hang_up_after_handshake(member: HostileMember, connection: socket) -> None:
+    accept_tunnel(member, connection).close()
+
+
+def has_certificate(name: str) -> Tunnel:
+    return lambda member, connection: accept_tunnel(member, connection, name)
+
+
+TUNNELS: dict[str, Tunnel] = {
+    "hangs up": refuses_tunnel(b""),
+    "silence": refuses_tunnel(b"", waits=True),
+    "403": refuses_tunnel(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n"),
+    "407": refuses_tunnel(b"HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm=evil\r\n\r\n"),
+    "no HTTP": refuses_tunnel(bytes(range(256))),
+    "half a head": refuses_tunnel(b"HTTP/1.1 200 OK\r\n"),
+    "a head without an end": send_endless_head,
+    "no TLS": refuses_tunnel(b"HTTP/1.1 200 OK\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"),
+    "no handshake": refuses_tunnel(b"HTTP/1.1 200 OK\r\n\r\n", waits=True),
+    "a slow handshake": drip_handshake,
+    "hangs up after the handshake": hang_up_after_handshake,
+    "another CA": has_certificate("another CA"),
+    "another registry": has_certificate("another registry"),
+    "expired": has_certificate("expired"),
+}
+"""Attacks behind CONNECT, before a request."""
+
+NO_FAULT = frozenset({"404, own", "508, own", "claims", "more bytes than announced, without an end"})
+"""Attacks after which the member is asked again: an honest one may do the same, or the right bytes were among all."""
+
+
+def pull(fleet: HostileFleet, target: Target) -> str:
+    """Return why a client has not got the right bytes; `""` if it has."""
     try:
-        with fleet_of(attack, network, tmp_path, workers) as (daemon, member):
-            data = owned_by(member.name, daemon)
-            digest = network.good.put_blob("team/app", data)
-            response = daemon.client.get(f"{GOOD}/v2/team/app/blobs/{digest}")
-            assert (response.status, response.body == data) == (200, True)
-            assert member.requests and trap.requests == []
-    finally:
-        trap.stop()
+        response = fleet.daemon.client.request("GET", target.url, target.headers)
+    except (OSError, http.client.HTTPException) as error:
+        return repr(error)
+    if response.status != 200:
+        return f"{response.status} {response.body[:200]!r}"
+    claimed = {"set-cookie", "www-authenticate", "location", "link", "warning", "oci-subject", "ratelimit-limit"}
+    if claimed & response.headers.keys():
+        return f"the client got {claimed & response.headers.keys()}"
+    return "" if response.body == target.member.data else f"{len(response.body)} other bytes"
 
 
-def test_an_endless_blob_of_a_member_ends_when_its_client_has_left(
-    network: HostileNetwork, tmp_path: Path, workers: int
-) -> None:
-    """As one of a registry does; see `test_cache_room` for the share of the cache that it takes at most."""
-    has_ended = threading.Event()
-
-    def send(connection: socket.socket) -> None:
-        try:
-            _endless(connection)
-        except OSError:
-            has_ended.set()
-
-    with fleet_of(send, network, tmp_path, workers) as (daemon, member):
-        digest = network.good.put_blob("team/app", owned_by(member.name, daemon))
-        with daemon.client.stream("GET", f"{GOOD}/v2/team/app/blobs/{digest}", {}) as response:
-            assert len(response.read(4 << 20)) == 4 << 20
-        assert has_ended.wait(30)
+def name_target(name: str, target: Target) -> str:
+    return f"{target.kind}: {name}"
 
 
-def test_wrong_content_is_never_delivered_whole(network: HostileNetwork, tmp_path: Path, workers: int) -> None:
-    """That pull breaks off. The next one comes from upstream, because the member is not asked any more."""
+def test_every_pull_ends_with_the_right_bytes(tmp_path: Path, workers: int) -> None:
+    """All clients pull at the same time. The next members know nothing, so that the bytes are upstream's."""
+    attacks = [(kind, name, HostileMember(attack)) for kind in KINDS for name, attack in ATTACKS.items()]
+    attacks += [
+        (kind, f"CONNECT, {name}", HostileMember(sends(), tunnel=tunnel))
+        for kind in ("login", "manifest")
+        for name, tunnel in TUNNELS.items()
+    ]
+    trap = HostileMember(sends(), *_split(TRAP))
+    with running_fleet(tmp_path, workers, [(kind, member) for kind, _, member in attacks]) as fleet, listening([trap]):
+        names = [name_target(name, target) for (_, name, _), target in zip(attacks, fleet.targets, strict=True)]
+        before = fleet.daemon.resident_bytes
+        with ThreadPoolExecutor(8) as pool:
+            results = dict(zip(names, pool.map(lambda target: pull(fleet, target), fleet.targets), strict=True))
+        assert {name: result for name, result in results.items() if result} == {}
+        assert fleet.daemon.resident_bytes - before < 200 << 20
+        log = fleet.daemon.output_text
+        left_alone = {
+            name
+            for name, target in zip(names, fleet.targets, strict=True)
+            if f"the member {target.member.name} is not asked for " in log
+        }
+        harmless = {f"{kind}: {name}" for kind in KINDS for name in NO_FAULT} | {"blob: 200, nobody's"}
+        assert set(names) - left_alone == harmless
+        asked = {name for name, target in zip(names, fleet.targets, strict=True) if target.member.requests}
+        assert set(names) - asked == {name for name in names if ": CONNECT" in name}
+        assert trap.requests == []
 
-    def attack(connection: socket.socket) -> None:
-        connection.sendall(f"{HEAD}Content-Length: {SIZE}\r\n\r\n".encode() + b"\1" * SIZE)
 
-    with fleet_of(attack, network, tmp_path, workers) as (daemon, member):
-        data = owned_by(member.name, daemon)
-        digest = network.good.put_blob("team/app", data)
-        url = f"{GOOD}/v2/team/app/blobs/{digest}"
-        with suppress(http.client.IncompleteRead, OSError):
-            response = daemon.client.get(url)
-            assert response.status != 200 or response.body == data
-        for _ in range(2 * workers):  # each process learns it by itself
-            with suppress(http.client.IncompleteRead, OSError):
-                response = daemon.client.get(url)
-                if response.status == 200 and response.body == data:
-                    break
-        else:
-            pytest.fail("the blob never came")
+def _split(name: str) -> tuple[str, int]:
+    host, _, port = name.rpartition(":")
+    return host, int(port)
+
+
+def test_wrong_content_is_never_delivered_whole(tmp_path: Path, workers: int) -> None:
+    """That pull breaks off. The next one comes from elsewhere, because the member is not asked any more."""
+    attacks = [(kind, name, HostileMember(attack)) for kind in KINDS for name, attack in WRONG_BYTES.items()]
+    attacks.append(("blob", "many bytes more", HostileMember(MANY_BYTES_MORE)))
+    members = [(kind, member) for kind, _, member in attacks]
+    with running_fleet(tmp_path, workers, members, CACHE_MAX_SIZE="2g") as fleet:
+        for (kind, name, _), target in zip(attacks, fleet.targets, strict=True):
+            if name == "many bytes more":
+                _read_some(fleet, target)
+            results = [pull(fleet, target) for _ in range(2 * workers + 1)]  # each process learns it by itself
+            assert "other bytes" not in " ".join(results), (kind, name, results)
+            assert results[-1] == "", (kind, name, results)
+            if kind == "manifest":
+                assert results[0] == "", (name, results)  # because it is checked before a byte is sent on
+
+
+def _read_some(fleet: HostileFleet, target: Target) -> None:
+    """Be a client that leaves while its blob goes on and on. The member has to notice that."""
+    with fleet.daemon.client.stream("GET", target.url, target.headers) as response:
+        assert response.status == 200
+        response.read(4 << 20)
+    assert target.member.ended.wait(100)
 
 
 def _request(daemon: MemberDaemon, source: str, port: int, path: str, fields: Mapping[str, str]) -> BufferedResponse:
@@ -227,16 +353,16 @@ def _request(daemon: MemberDaemon, source: str, port: int, path: str, fields: Ma
         connection.close()
 
 
-def test_an_address_in_a_field_makes_no_member(network: HostileNetwork, tmp_path: Path, workers: int) -> None:
+def test_an_address_in_a_field_makes_no_member(tmp_path: Path, workers: int) -> None:
     """The stranger is in a network of TRUSTED_PROXIES, and names the address of a member."""
-    data = b"public"
-    digest = network.good.put_blob("team/app", data)
-    with fleet_of(_nothing, network, tmp_path, workers, TRUSTED_PROXIES="127.0.0.0/8") as (daemon, member):
-        address = member.name.rpartition(":")[0]
-        hop = f'docker-registry-proxy;from="{member.name}";login=configured;as=owner'
+    members = [("blob", HostileMember(sends()))]
+    with running_fleet(tmp_path, workers, members, TRUSTED_PROXIES="127.0.0.0/8") as fleet:
+        daemon = fleet.daemon
+        digest = fleet.network.good.put_blob("team/app", b"public")
+        hop = f'docker-registry-proxy;from="{members[0][1].name}";login=configured;as=owner'
         forwarded: list[dict[str, str]] = [
-            {"X-Forwarded-For": address}, {"Forwarded": f"for={address}"}, {"X-Real-IP": address},
-            {"X-Forwarded-For": f"{address}, {address}"}, {"Client-IP": address}, {},
+            {"X-Forwarded-For": ADDRESS}, {"Forwarded": f"for={ADDRESS}"}, {"X-Real-IP": ADDRESS},
+            {"X-Forwarded-For": f"{ADDRESS}, {ADDRESS}"}, {"Client-IP": ADDRESS}, {},
         ]  # fmt: skip
         path = f"/v2/team/app/blobs/{digest}?ns=good.test"
         for port in (daemon.port, daemon.registry_port):
@@ -244,7 +370,7 @@ def test_an_address_in_a_field_makes_no_member(network: HostileNetwork, tmp_path
                 response = _request(daemon, "127.0.0.1", port, path, {**fields, "CDN-Loop": hop})
                 assert "x-fleet-answer" not in response.headers, (port, fields)
         # The same from the address itself: the field counts there, so that the test proves something.
-        response = _request(daemon, address, daemon.port, path, {"CDN-Loop": hop})
+        response = _request(daemon, ADDRESS, daemon.port, path, {"CDN-Loop": hop})
         assert response.headers["x-fleet-answer"] == "own"  # it has no such login
 
 
@@ -256,14 +382,25 @@ HOPS = {
     "many": "docker-registry-proxy;" * 2_000,
     "many fields": "\r\nCDN-Loop: ".join(["docker-registry-proxy;from=a"] * 90),
     "commas": "," * 60_000,
+    "an open quote": 'docker-registry-proxy;from="127.0.0.21:1;login=none;as=owner',
+    "a stranger": 'docker-registry-proxy;from="127.0.0.99:1";login=none;as=owner',
+    "a name": 'docker-registry-proxy;from="localhost:1";login=none;as=owner',
+    "an unknown login": 'docker-registry-proxy;from="{member}";login=root;as=owner',
+    "an unknown kind": 'docker-registry-proxy;from="{member}";login=none;as=king',
+    "a parameter more": 'docker-registry-proxy;from="{member}";login=none;as=owner;x=y',
+    "a parameter twice": 'docker-registry-proxy;from="{member}";from="{member}";login=none;as=owner',
+    "two hops": 'docker-registry-proxy;from="{member}";login=none;as=owner, docker-registry-proxy;from="b"',
 }
 
 
-@pytest.mark.parametrize("hop", HOPS.values(), ids=HOPS)
-def test_malformed_fields_make_no_member(network: HostileNetwork, tmp_path: Path, workers: int, hop: str) -> None:
-    digest = network.good.put_blob("team/app", b"public")
-    with fleet_of(_nothing, network, tmp_path, workers) as (daemon, _):
-        request = f"GET /v2/team/app/blobs/{digest}?ns=good.test HTTP/1.1\r\nHost: x\r\nCDN-Loop: {hop}\r\n\r\n"
-        response = send_raw_request(daemon.port, request.encode())
-        assert response.status in (200, 400, 431)
-        assert not {"x-fleet-answer", "x-evil"} & {name.lower() for name in response.headers}
+def test_malformed_fields_make_no_member(tmp_path: Path, workers: int) -> None:
+    """They come from the address of a member."""
+    member = HostileMember(sends())
+    with running_fleet(tmp_path, workers, [("blob", member)]) as fleet:
+        digest = fleet.network.good.put_blob("team/app", b"public")
+        for name, value in HOPS.items():
+            field = value.replace("{member}", member.name)
+            request = f"GET /v2/team/app/blobs/{digest}?ns=good.test HTTP/1.1\r\nHost: x\r\nCDN-Loop: {field}\r\n\r\n"
+            response = send_raw_request(fleet.daemon.port, request.encode())
+            assert response.status in (200, 400, 431), name
+            assert not {"x-fleet-answer", "x-evil"} & {one.lower() for one in response.headers}, name

@@ -175,7 +175,7 @@ def test_a_full_disk(network: HostileNetwork, start_daemon: StartRegistryDaemon,
     pusher = Pusher(daemon)
     kept = [pusher.start_upload(f"partial/{number}", bytes(8 * MIB)) for number in range(2)]
     assert [response.status for response in kept] == [202, 202]
-    # Connections of their own, because the daemon closes one whose body it refuses.
+    # Connections of their own, because the daemon closes one after it has refused its body.
     for status in (
         Pusher(daemon).start_upload("full", bytes(80 * MIB)),
         Pusher(daemon).push_blob("full", bytes(80 * MIB)),
@@ -334,7 +334,7 @@ def write_user(file: Path, user: str, password: str, rounds: int = 4) -> None:
 
 @pytest.mark.parametrize("change", ["password", "user", "reload"])
 def test_tokens_end_with_their_password(start_daemon: StartRegistryDaemon, tmp_path: Path, change: str) -> None:
-    """A user whose login was taken away keeps the token that it was good for."""
+    """A user without a login any more keeps the token that it was good for."""
     file = tmp_path / "htpasswd"
     write_user(file, "alice", "wonder")
     daemon = start_daemon(HTPASSWD_FILE=str(file), ANONYMOUS_PULL="true")

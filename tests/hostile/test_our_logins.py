@@ -150,7 +150,7 @@ def test_ambiguous_paths_are_asked_of_nobody(network: HostileNetwork, daemon: Re
 
 
 def test_a_login_shown_on_a_connection_does_not_stay_there(network: HostileNetwork, daemon: RegistryDaemon) -> None:
-    """The upstream connection is reused for the next client, whose request has no login."""
+    """The upstream connection is reused for the next client, and its request has no login."""
     for _ in range(3):
         assert daemon.client.get(f"{GOOD}/v2/_catalog").status == 200
         response = daemon.client.get(f"{GOOD}/api/users")

@@ -30,6 +30,7 @@ from dockerproxy.upstream.agent import Agent, ClientContext, Response, UpstreamT
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
+from dockerproxy.upstream.registry_request import RegistryRequest
 from tests.support.resolvers import StaticResolver
 
 REGISTRY = Registry.parse("http://registry.example")
@@ -172,7 +173,7 @@ class UpstreamClientTests(TestCase):
 
     async def send_request(self, path: str = "/v2/library/ubuntu/x", method: str = "GET", **options: Any) -> Response:
         options = {"name": NAME, "credential": Anonymous(), **options}
-        return await self.client.request(method, options.pop("registry", REGISTRY), path, **options)
+        return await self.client.request(RegistryRequest(method, options.pop("registry", REGISTRY), path, **options))
 
     async def fetch(self, *arguments: str, **options: Any) -> bytes:
         response = await self.send_request(*arguments, **options)
@@ -429,9 +430,7 @@ class UpstreamClientTests(TestCase):
         for status in (200, 403, 404, 429):
             self.servers.respond = lambda request, status=status: (status, limits, b"ok")  # type: ignore[misc]
             for credential, is_told in ((LOGIN, False), (ClientCredential("Basic eDp5"), True), (ANONYMOUS, True)):
-                response = await self.client.request(
-                    "GET", REGISTRY, "/v2/library/ubuntu/manifests/1", name=NAME, credential=credential
-                )
+                response = await self.send_request("/v2/library/ubuntu/manifests/1", credential=credential)
                 self.assertEqual("docker-ratelimit-source" in response.headers, is_told)
                 self.assertEqual(response.headers.get("ratelimit-remaining"), "99;w=21600")
                 await response.discard()
@@ -579,7 +578,8 @@ class DowngradeTests(TestCase):
         urls: list[str] = []
         agent: Any = RedirectingAgent()
         client = UpstreamClient(agent, Authorizer(agent, Clock().seconds, None, {}), None)
-        work = client.request("GET", Registry.parse("registry.example"), "/v2/", name=None, credential=Anonymous())
+        registry = Registry.parse("registry.example")
+        work = client.request(RegistryRequest("GET", registry, "/v2/", name=None, credential=Anonymous()))
         error = await self.assertFailure(Deferred.fromCoroutine(work), UpstreamBroken)
         self.assertIn("plain HTTP", error.message)
         self.assertEqual(urls, ["https://registry.example/v2/"])

@@ -34,6 +34,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential
 from dockerproxy.upstream.login_provider import ProvidedLogin
+from dockerproxy.upstream.registry_request import RegistryRequest
 from dockerproxy.upstream.shared_logins import SharedLogins
 from tests.cache.support.reactor import ManualReactor
 from tests.cache.support.upstream import ScriptedUpstream
@@ -78,7 +79,7 @@ class ScriptedAgent:
         authority, _, path = rest.partition("/")
         registry = Registry.parse(f"{scheme}://{authority}")
         return await self._upstream.request(
-            method, registry, "/" + path, name=None, credential=Anonymous(), headers=headers
+            RegistryRequest(method, registry, "/" + path, name=None, credential=Anonymous(), headers=headers)
         )
 
 

