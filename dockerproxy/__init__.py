@@ -13,7 +13,8 @@ list; tests/test_imports.py checks that.
   an `upstream` registry, once for all clients that request the same one at the same time.
 - `fleet` lets the cache ask other daemons before upstream, and serves them. It is loaded only if FLEET is set.
 - `cli` is the command `dockerproxy`, and `commands` has its parts. `admin` serves that command and the endpoints for
-  browsers. `operations` is the process in which garbage is collected, and stores are verified and imported.
+  browsers. `operations` is the process in which garbage is collected, and stores are verified and imported;
+  `bucket_operations` is that for a bucket.
 - `net` connects to other machines, `daemon` integrates with systemd and the log, `concurrency` runs coroutines.
 - `oci` has the data types: `Host`, `Registry`, `Repository`, `Tag`, `Digest`. `errors` has the exceptions; each one
   carries its HTTP status and its error code of the distribution API.

@@ -294,7 +294,9 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         wildcard = registries.intercepted.covering(host)
         return authority.context_for(host.name) if wildcard is None else authority.wildcard_context_for(wildcard)
 
-    connectors = build_connectors(reactor, settings, pools, check_for, shared)
+    connectors = build_connectors(
+        reactor, settings, pools, check_for, shared.silent_servers, shared.upstream_tls, shared.state.cache_secret
+    )
     meter = RegistryMeter(shared.metrics)
     authorizer = Authorizer(
         MeteredAgent(connectors.agent, meter), time.time, policy.check_upstream, settings.auth_registries
@@ -533,10 +535,14 @@ def build_connectors(
     settings: Settings,
     pools: ThreadPools,
     check_for: Callable[[Host], AddressCheck | None],
-    shared: SharedServices,
+    silent_servers: SilentServers,
+    tls: ClientContext,
+    secret: bytes,
 ) -> Connectors:
-    """Build the connectors. `check_for` returns the check of a registry's addresses."""
-    secret = shared.state.cache_secret  # which all processes have
+    """Build the connectors. `check_for` returns the check of a registry's addresses.
+
+    All processes of the daemon have the `secret`.
+    """
     circles = None if settings.upstream_proxy is None else ParentCircles.of(secret, reactor.seconds)
     resolver = NameResolver(pools.lookups, reactor.seconds, ipv6=not settings.disable_ipv6)
 
@@ -551,10 +557,8 @@ def build_connectors(
             connect_timeout=connect_timeout,
         )
 
-    timeouts, silent_servers = upstream_timeouts(settings), shared.silent_servers
-    agent = Agent(
-        reactor, dialer(settings.proxy_connect_timeout), shared.upstream_tls, timeouts, check_for, silent_servers
-    )
+    timeouts = upstream_timeouts(settings)
+    agent = Agent(reactor, dialer(settings.proxy_connect_timeout), tls, timeouts, check_for, silent_servers)
     return Connectors(agent, dialer(settings.proxy_connect_connect_timeout), resolver, circles)
 
 

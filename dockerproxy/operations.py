@@ -51,9 +51,17 @@ _MEMORY_SHARE = 4  # it may use a fourth of the machine's memory if that is more
 _OOM_SCORE_ADJUSTMENT = "500"
 """If the machine runs out of memory, the kernel kills this process rather than the daemon (proc(5))."""
 
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGIO)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGIO)
 """The terminal and systemd send the first three to all processes. The daemon stops this one by closing its input. The
 kernel sends SIGIO if somebody opens a file on which the importer has a lease."""
+
+
+class OperationFailed(Exception):
+    """The operation failed. `code` is that of `dockerproxy.admin.operations.OperationError`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
 
 
 class Daemon:
@@ -146,6 +154,7 @@ def check(daemon: Daemon, root: str, *, links: bool, sparse: bool = False) -> An
     return scrub(Layout(Path(root)), check_links=links, sparse=sparse, progress=progress, lock=daemon.lock)
 
 
+# Those of a bucket are in `dockerproxy.bucket_operations`.
 OPERATIONS: dict[str, Callable[..., Any]] = {"gc": collect_garbage, "import": import_directory, "check": check}
 
 
@@ -157,6 +166,8 @@ def run(daemon: Daemon, operation: Callable[[Daemon], Any], memory_limit: int) -
             result = attrs.asdict(operation(daemon))
         except (InvalidGracePeriod, NotARegistry) as error:
             send_error(code="NOT_UNDERSTOOD", message=str(error))
+        except OperationFailed as error:
+            send_error(code=error.code, message=error.message)
         except UnsafeFile as error:
             send_error(code="DISK", message=f"stopped, because {error}")
         except OSError as error:
@@ -187,7 +198,7 @@ def limit_resources(memory_limit: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run the operation that the command line names."""
     name, options = arguments
-    for signal_number in _IGNORED_SIGNALS:
+    for signal_number in IGNORED_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
     memory_limit = default_memory_limit()
     limit_resources(memory_limit)

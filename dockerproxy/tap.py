@@ -235,7 +235,9 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     configuration_handlers = ConfigurationHandlers(
         lambda: report_configuration(reloader), partial(reload_for_command, reloader)
     )
-    operations = Operations(reactor, shared_state.locks, server.audit, time.time, operation_history)
+    operations = Operations(
+        reactor, shared_state.locks, server.audit, time.time, operation_history, configuration.variables
+    )
     if not has_ca:
         reactor.callWhenRunning(server.audit.record, _DAEMON, "ca", authority.fingerprint, "created")
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
@@ -638,9 +640,9 @@ class PinGauges(TimerService):
         self.clock = reactor
 
 
-def hosted_root(settings: Settings, state: StateDirectory) -> str | None:
-    """Return the directory of the hosted registry, or None if it is in a bucket."""
-    return None if settings.registry_store is not None else str(state.registry.root)
+def hosted_root(settings: Settings, state: StateDirectory) -> str:
+    """Return the directory of the hosted registry, or the address of the bucket that it is in."""
+    return str(state.registry.root) if settings.registry_store is None else settings.registry_store.address
 
 
 def build_pulls(
@@ -698,6 +700,7 @@ def build_control_socket(
         handlers,
         pulls,
         bucket,
+        hosted_root(settings, state),
     )
     sources.status = control.status
     sources.fleet = lambda: facts()["fleet"]

@@ -99,7 +99,6 @@ def build_viewing(
             place,
             registries,
             on_proxy_port=on_proxy_port,
-            collects_garbage=settings.registry_store is None,
         )
 
     live = FirstUse(reactor, load_live)

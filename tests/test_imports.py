@@ -62,6 +62,7 @@ COMPOSITION_ROOTS = {
     "viewing",
     "answers",
     "workers.process",
+    "bucket_operations",
 }  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
 ALLOWED_EVERYWHERE = {

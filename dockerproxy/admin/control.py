@@ -136,6 +136,8 @@ class Control:
     _pulls: PullCounter = dict
     _bucket: StoreProbe | None = None
     """The probe of the bucket, if the hosted registry is in one."""
+    _bucket_address: str = ""
+    """The address of the bucket, if the hosted registry is in one."""
     _start_time: float = field(init=False)
 
     @_start_time.default
@@ -184,7 +186,6 @@ class Control:
             case "POST", "/v1/remove":
                 await self._delete(request, await _parse_arguments(request, REMOVE, "names"))
             case "POST", "/v1/collect":
-                self._require_directory("gc")
                 arguments = await _parse_arguments(request, COLLECT)
                 await self._run_operation(request, "gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
@@ -337,6 +338,8 @@ class Control:
         response.finish(**await self._operations.run(principal, name, options, relay))
 
     def _root(self, kind: str) -> str:
+        if kind == HOSTED and self._bucket is not None:
+            return self._bucket_address
         return next(str(store.layout.root) for store in self._resolver.stores if store.kind == kind)
 
 

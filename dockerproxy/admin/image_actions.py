@@ -34,8 +34,8 @@ class ImageActions:
     _deleter: Deleter
     _operations: Operations
     _registry_disk: DiskAccess
-    _hosted_root: str | None
-    """The directory of the hosted registry; None if it is in a bucket."""
+    _hosted_root: str
+    """The directory of the hosted registry, or the address of the bucket that it is in."""
     _pulls: FirstUse[PullService]
 
     async def act(self, principal: Principal, action: str, name: str, where: str) -> str:
@@ -69,7 +69,7 @@ class ImageActions:
     async def _remove(self, principal: Principal, name: str, where: str) -> str:
         if where not in (HOSTED, CACHED):
             raise BadRequest("an image is hosted or cached")
-        if where == HOSTED and self._hosted_root is None:
+        if where == HOSTED and self._hosted_root.startswith("s3://"):
             raise Denied(
                 "the hosted registry is in the bucket of REGISTRY_STORE: remove its images by the registry's API"
             )
@@ -97,8 +97,6 @@ class ImageActions:
         return await self._registry_disk.run(function, *args)
 
     def _collect(self, principal: Principal) -> str:
-        if self._hosted_root is None:
-            raise Denied("gc works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE")
         running = self._operations.current
         if running is not None and running["name"] != "gc":
             raise Denied(f"{running['name']} of {running['user']} is running; collect garbage when it has ended")

@@ -1,4 +1,8 @@
-"""Runs gc, import and check, one at a time, each in a process of its own (`dockerproxy.operations`)."""
+"""Runs gc, import and check, one at a time, each in a process of its own.
+
+It is one of `dockerproxy.operations`, or of `dockerproxy.bucket_operations` if it works on the bucket of
+REGISTRY_STORE.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
+from types import MappingProxyType
 from typing import Any
 
 from attrs import frozen
@@ -29,6 +34,7 @@ _MAX_LINE = 4 * 1024 * 1024  # bytes; the longest line is a result with 1000 pro
 _RECORD = "maintenance"
 _REMEMBERED = ("gc", "check", "check of the cache")
 _MAX_STDERR = 8192  # bytes that are logged, the last ones
+_BUCKET = "s3://"  # with which the `root` of a bucket begins
 
 log = Logger()
 
@@ -80,17 +86,24 @@ class Operations(Service):
 
     Each is recorded in `audit` at its end, and in `history` if it changed anything. `locks` are those of the hosted
     store's repositories. `current` has the name of the running operation, the user that started it, and when, as POSIX
-    time by `clock`.
+    time by `clock`. `variables` are those that the settings were parsed from: an operation on a bucket needs them.
     """
 
     def __init__(
-        self, reactor: Any, locks: KeyedLock, audit: AuditLog, clock: Callable[[], float], history: OperationHistory
+        self,
+        reactor: Any,
+        locks: KeyedLock,
+        audit: AuditLog,
+        clock: Callable[[], float],
+        history: OperationHistory,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._reactor = reactor
         self._locks = locks
         self._audit = audit
         self._clock = clock
         self._history = history
+        self._variables = variables
         self._process: OperationProcess | None = None
         self.current: dict[str, Any] | None = None
 
@@ -141,7 +154,7 @@ class Operations(Service):
     async def _run_process(
         self, name: str, options: Mapping[str, Any], on_event: Callable[[Event], Awaitable[None]]
     ) -> Event:
-        process = self._process = OperationProcess(self._reactor)
+        process = self._process = OperationProcess(self._reactor, self._variables)
         async with AsyncExitStack() as held_lock:
             try:
                 process.start(name, options)
@@ -172,8 +185,9 @@ class OperationProcess(ProcessProtocol):
 
     transport: Any
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, variables: Mapping[str, str] = MappingProxyType({})) -> None:
         self._reactor = reactor
+        self._variables = variables
         self._lines: deque[bytes] = deque()
         self._partial_line = b""
         self._stderr = b""
@@ -185,9 +199,12 @@ class OperationProcess(ProcessProtocol):
 
     def start(self, name: str, options: Mapping[str, Any]) -> None:
         """Start the process. Raise `OperationError`."""
+        is_bucket = str(options.get("root", "")).startswith(_BUCKET)
+        module = "dockerproxy.bucket_operations" if is_bucket else "dockerproxy.operations"
         # The same modules as here, and none from the working directory.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
-        arguments = [sys.executable, "-m", "dockerproxy.operations", name, json.dumps(options)]
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, **(self._variables if is_bucket else {}), **paths}
+        arguments = [sys.executable, "-m", module, name, json.dumps(options)]
         try:
             self._reactor.spawnProcess(self, sys.executable, arguments, environment)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from dockerproxy.store.local_hosted_store import LocalUploads
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
 
-__all__ = ["NoCredentials", "StoreRefused", "open_bucket", "open_store", "probe_bucket", "probe_store"]
+__all__ = ["NoCredentials", "StoreRefused", "boot_time", "open_bucket", "open_store", "probe_bucket", "probe_store"]
 
 
 def probe_store(
@@ -43,7 +44,12 @@ def probe_store(
         if name.startswith("AWS_"):
             os.environ.setdefault(name, value)
     signer = RequestSigner.find_credentials(reactor, location.region, os.environ)
-    return StartProbe(location, signer, proxy, verify).run(read_only=read_only)
+    sentences = StartProbe(location, signer, proxy, verify).run(read_only=read_only)
+    if location.time_scale != 1:
+        sentences.append(
+            f"gc_time_scale={location.time_scale:g} is for tests: gc may delete what slow clients push; remove it"
+        )
+    return sentences
 
 
 def open_bucket(reactor: Any, location: StoreLocation, agent: BucketAgent, clock: Any) -> S3Bucket:
@@ -66,6 +72,12 @@ def open_store(
     """Return the store in `bucket`, whose blobs are read through `cache`. `own_name` is as for `BucketUploads`."""
     downloads = Downloads(reactor, BucketClient(bucket), space, cache.ingests, cache.open_readers, limits, cache.board)
     reads = BucketReads(reactor, bucket, cache.blobs, downloads, space, cache.open_readers)
-    return BucketHostedStore.from_parts(
-        reactor, bucket, reads, KeptAnswers(reactor, records), parser, uploads, own_name
-    )
+    kept = KeptAnswers(reactor, records)
+    store = BucketHostedStore.from_parts(reactor, bucket, reads, kept, parser, uploads, boot_time, own_name)
+    reactor.callWhenRunning(store.start)
+    return store
+
+
+def boot_time() -> float:
+    """Return the seconds since the machine started, with those for which it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

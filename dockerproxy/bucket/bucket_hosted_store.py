@@ -2,7 +2,8 @@
 
 The bucket has the layout of CNCF distribution's s3 driver (`keys`). Every object is written whole and may be written
 again, so nodes need no lock: of two that point a tag to different manifests, the later one wins. A link comes after all
-that it leads to. While the bucket does not answer, pulls get what this node has in its cache.
+that it leads to. Everything that a client is told to be there, or writes, is kept from garbage collection (`gc_runs`).
+While the bucket does not answer, pulls get what this node has in its cache.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.bucket import keys
 from dockerproxy.bucket.bucket_reads import BucketReads
 from dockerproxy.bucket.bucket_uploads import BucketUploads
+from dockerproxy.bucket.gc_runs import Times, catalog_entry, content_entry, link_entry, tag_entry
+from dockerproxy.bucket.gc_view import GCView, Published
 from dockerproxy.bucket.kept_answers import KeptAnswers
 from dockerproxy.bucket.s3 import ListedKey, S3Bucket
+from dockerproxy.bucket.store_errors import retry_after
 from dockerproxy.bucket.takeover import take_over
 from dockerproxy.concurrency import gather
 from dockerproxy.errors import (
@@ -48,6 +52,7 @@ from dockerproxy.store.referrers import format_referrer, matching_descriptor
 from dockerproxy.thread_pool import ContentParser
 
 _AT_ONCE = 16  # requests that one request of a client sends to the store
+_MAX_WRITES = 5  # times that a manifest is written if it is deleted at the same time
 _MAX_LINK = 256  # bytes of a link, a subject or a media type
 _MAX_MISSING_LISTED = 10  # missing references that an error message lists
 _MAX_REFERRERS = 500  # per index, also if their type is not the requested one
@@ -61,45 +66,72 @@ log = Logger()
 
 @frozen
 class BucketContents:
-    """Writes contents and links, in the order in which they may be relied on."""
+    """Writes contents and links, in the order in which they may be relied on.
+
+    A look at an object counts on it, so that a run of gc that has condemned it lets it stay.
+    """
 
     _bucket: S3Bucket
+    _view: GCView
 
     async def add_bytes(self, content: bytes, digest: Digest) -> None:
         """Store `content`, which matches `digest`, as a blob."""
+        await self._view.settle([content_entry(digest)], self._view.current, set())
         await self._bucket.put(keys.blob_key(digest), content)
 
     async def add_file(self, fd: int, size: int, digest: Digest) -> None:
         """Store the verified file `fd` as a blob, unless the blob is there."""
+        await self._view.settle([content_entry(digest)], self._view.current, set())
         key = keys.blob_key(digest)
         if await self._bucket.size(key) != size:
             await self._bucket.put_file(key, fd, size, digest)
 
     async def link_layer(self, repository: Repository, digest: Digest) -> None:
         """Make a blob that is there a part of the repository."""
+        await self._view.settle([link_entry(repository, digest)], self._view.current, set())
         await self._bucket.put(keys.layer_key(repository, digest), str(digest).encode())
 
-    async def size(self, repository: Repository, digest: Digest) -> int | None:
-        """Return the size of a blob that the repository has, or None."""
+    async def size(self, repository: Repository, digest: Digest, published: Published | None = None) -> int | None:
+        """Return the size of a blob that the repository has, or None.
+
+        `published` has the entries that gc has condemned, if the caller has just looked.
+        """
+        if not await self.count_on(repository, digest, published):
+            return None
         linked, size = await gather(
             (self._bucket.size(key) for key in (keys.layer_key(repository, digest), keys.blob_key(digest))), 2
         )
         return size if linked is not None else None
 
-    async def has_reference(self, repository: Repository, digest: Digest, *, is_manifest: bool) -> bool:
+    async def has_reference(
+        self, repository: Repository, digest: Digest, published: Published | None = None, *, is_manifest: bool
+    ) -> bool:
         """Return whether the repository has a blob, or a manifest if `is_manifest`, with its content."""
         # BuildKit's cache is an index of blobs. A child may therefore be a blob too, as in CNCF distribution.
-        if is_manifest and await self._bucket.size(keys.manifest_key(repository, digest)) is not None:
-            return await self._bucket.size(keys.blob_key(digest)) is not None
-        return await self.size(repository, digest) is not None
+        if is_manifest and await self.count_on(repository, digest, published):
+            if await self._bucket.size(keys.manifest_key(repository, digest)) is not None:
+                return await self._bucket.size(keys.blob_key(digest)) is not None
+        return await self.size(repository, digest, published) is not None
+
+    async def count_on(self, repository: Repository, digest: Digest, published: Published | None = None) -> bool:
+        """Keep a content and its link from gc. Return False if gc is deleting one of them at this moment."""
+        condemned = self._view.current if published is None else published
+        if condemned.is_empty:
+            return True
+        return await self._view.count_on([content_entry(digest), link_entry(repository, digest)], condemned)
 
 
 @define(eq=False)
 class BucketHostedStore:
-    """A `HostedStore` in a bucket. `reactor` gives the time for which a repository counts as known."""
+    """A `HostedStore` in a bucket. `reactor` gives the time for which a repository counts as known.
+
+    `boot_clock` gives the seconds since the machine started, with those for which it slept.
+    """
 
     _reactor: Any
     _bucket: S3Bucket
+    _view: GCView
+    _boot_clock: Callable[[], float]
     _reads: BucketReads
     _kept: KeptAnswers
     _parser: ContentParser
@@ -125,11 +157,18 @@ class BucketHostedStore:
         kept: KeptAnswers,
         parser: ContentParser,
         local_uploads: LocalUploads,
+        boot_clock: Callable[[], float],
         own_name: Callable[[], str] | None = None,
     ) -> BucketHostedStore:
         """Return the store in `bucket`, with the sessions of `local_uploads`. `own_name` is as for `BucketUploads`."""
-        contents = BucketContents(bucket)
-        return cls(reactor, bucket, reads, kept, parser, contents, BucketUploads(local_uploads, contents, own_name))
+        view = GCView(reactor, bucket, Times.scaled(bucket.location.time_scale))
+        contents = BucketContents(bucket, view)
+        uploads = BucketUploads(local_uploads, contents, own_name)
+        return cls(reactor, bucket, view, boot_clock, reads, kept, parser, contents, uploads)
+
+    def start(self) -> None:
+        """Watch for garbage collection by any node from now on. Every process of a node calls this."""
+        self._view.start()
 
     async def take_over(self) -> None:
         """Complete the catalog of a bucket that another registry has written. One process of a node calls this."""
@@ -224,7 +263,9 @@ class BucketHostedStore:
             await self._kept.keep_tag(repository, reference, digest)
         if digest is None:
             return None
-        is_linked, media_type = await self._link_and_type(repository, digest)
+        is_linked, media_type = False, None
+        if await self._contents.count_on(repository, digest):
+            is_linked, media_type = await self._link_and_type(repository, digest)
         content = await self._reads.read_manifest(digest) if is_linked else None
         if content is None:
             await self._kept.keep_manifest(repository, digest, None)
@@ -260,14 +301,49 @@ class BucketHostedStore:
     async def commit_manifest(
         self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag], *, sparse: bool = False
     ) -> None:
-        await self._check_references(repository, manifest, sparse)
-        digest, referrer = manifest.digest, manifest.referrer
-        await self._contents.add_bytes(manifest.content, digest)
-        await self._write_notes(repository, digest, manifest.media_type, referrer)
+        await self._check_references(repository, manifest, sparse, self._view.current)
+        digest = manifest.digest
+        entries = [content_entry(digest), link_entry(repository, digest), catalog_entry(repository)]
+        entries += [tag_entry(repository, tag) for tag in tags]
+        gone: set[tuple[int, str]] = set()
+        for _ in range(_MAX_WRITES):
+            began = self._boot_clock()
+            written = await self._write_manifest(repository, manifest)
+            # After the link was written: see `gc_runs`.
+            published = await self._view.look()
+            is_changed = await self._view.settle(entries, published, gone)
+            if not is_changed and await self._has_all(written):  # else a run that has ended by now has deleted it
+                break
+        else:
+            raise StoreUnavailable(
+                f"{repository}@{digest} was deleted {_MAX_WRITES} times while it was pushed; push again",
+                headers=retry_after(),
+            )
+        await self._check_references(repository, manifest, sparse, published)
+        self._check_time(began)
+        await gather((self._set_tag(repository, tag, digest) for tag in tags), _AT_ONCE)
+        self._check_time(began)
+        await self._reads.keep_manifest(manifest.content, digest)
+
+    def _check_time(self, began: float) -> None:
+        """Raise `StoreUnavailable` if gc may have looked for tags before ours was there."""
+        if self._boot_clock() - began > self._view.times.push:
+            raise StoreUnavailable(
+                f"{self._bucket.location} took more than {self._view.times.push:g} s to store the manifest; push again",
+                headers=retry_after(),
+            )
+
+    async def _write_manifest(self, repository: Repository, manifest: PushedManifest) -> list[str]:
+        """Write a manifest without tags, and return the keys. It is written even if it is there: its age counts."""
+        digest = manifest.digest
+        await self._bucket.put(keys.blob_key(digest), manifest.content)
+        notes = await self._write_notes(repository, digest, manifest.media_type, manifest.referrer)
         await self._bucket.put(keys.manifest_key(repository, digest), str(digest).encode())
         await self._bucket.put(keys.catalog_key(repository), b"")
-        await gather((self._set_tag(repository, tag, digest) for tag in tags), _AT_ONCE)
-        await self._reads.keep_manifest(manifest.content, digest)
+        return [*notes, keys.blob_key(digest), keys.manifest_key(repository, digest), keys.catalog_key(repository)]
+
+    async def _has_all(self, written: Sequence[str]) -> bool:
+        return None not in await gather(map(self._bucket.size, written), _AT_ONCE)
 
     async def _set_tag(self, repository: Repository, tag: Tag, digest: Digest) -> None:
         # Same order as distribution (tagstore.go, Tag): the current manifest is always in the index.
@@ -277,8 +353,8 @@ class BucketHostedStore:
 
     async def _write_notes(
         self, repository: Repository, digest: Digest, media_type: str, referrer: Referrer | None
-    ) -> None:
-        """Write the objects beside the link to a manifest, which comes last."""
+    ) -> list[str]:
+        """Write the objects beside the link to a manifest, which comes last. Return their keys."""
         objects = {
             keys.media_type_key(repository, digest): media_type.encode(),
             keys.subject_key(repository, digest): b"-" if referrer is None else str(referrer.subject).encode(),
@@ -286,8 +362,12 @@ class BucketHostedStore:
         if referrer is not None:
             objects[keys.referrer_key(repository, referrer.subject, digest)] = format_referrer(referrer)
         await gather((self._bucket.put(key, content) for key, content in objects.items()), _AT_ONCE)
+        return list(objects)
 
-    async def _check_references(self, repository: Repository, manifest: PushedManifest, sparse: bool) -> None:
+    async def _check_references(
+        self, repository: Repository, manifest: PushedManifest, sparse: bool, published: Published
+    ) -> None:
+        """Count on the references of a manifest. Raise `ManifestBlobUnknown` if one is not there."""
         required = [
             (digest, is_manifest)
             for digest, is_manifest in manifest.required_references()
@@ -295,11 +375,13 @@ class BucketHostedStore:
         ]
         found = await gather(
             (
-                self._contents.has_reference(repository, digest, is_manifest=is_manifest)
+                self._contents.has_reference(repository, digest, published, is_manifest=is_manifest)
                 for digest, is_manifest in required
             ),
             _AT_ONCE,
         )
+        if manifest.subject is not None:  # it may be missing, but if it is there, it stays
+            await self._contents.count_on(repository, manifest.subject, published)
         missing = [str(digest) for (digest, _), is_here in zip(required, found, strict=True) if not is_here]
         if missing:
             more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""

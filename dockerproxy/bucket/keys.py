@@ -102,6 +102,11 @@ def orphaned_key(repository: str, tag: str) -> str:
     return _key(_LAYOUT.orphaned_tag(repository, tag))
 
 
+def own_prefix(repository: str) -> str:
+    """Return the prefix of all keys of a repository, and of no other one."""
+    return f"{_key(_LAYOUT.repository(repository))}/_"
+
+
 def catalog_key(repository: str) -> str:
     """Return the key that puts a repository into the catalog."""
     return f"{CATALOG}{repository.replace('/', '!')}"
@@ -127,6 +132,14 @@ def repository_of(key: str) -> Repository | None:
         return parse_repository(name) if separator and key.startswith(REPOSITORIES) else None
     except NameInvalid:
         return None
+
+
+def content_of(key: str) -> Digest | None:
+    """Return the digest if `key` is that of a content."""
+    match key.removeprefix(BLOBS).split("/"):
+        case [algorithm, part, encoded, "data"] if encoded.startswith(part):
+            return digest_from_names(algorithm, encoded)
+    return None
 
 
 def revision_of(key: str) -> tuple[Digest, str] | None:

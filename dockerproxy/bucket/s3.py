@@ -90,6 +90,15 @@ class ListedKey:
     age: float = 0.0
 
 
+@frozen(slots=True)
+class ListedUpload:
+    """An upload in parts that is not complete: its key and ID, and its age in seconds by the clock of the store."""
+
+    key: str
+    upload: str
+    age: float
+
+
 def part_size(size: int) -> int:
     """Return the bytes of each part of a blob of `size` bytes. There are at most 10,000 parts."""
     usual = PART_SIZE if size <= _LARGE_BLOB else _LARGE_PART_SIZE
@@ -200,6 +209,41 @@ class S3Bucket:
             if answer.texts.get("IsTruncated") != "true" or not token:
                 return
 
+    async def delete_once(self, key: str) -> None:
+        """Delete an object by one request. After an error, the store may still do it at any later time."""
+        try:
+            response = await self._send("DELETE", key, accepted=(200, 204, 404))
+        except _Refused as refusal:
+            raise refusal.answer.error(self.location) from None
+        await response.discard()
+
+    async def list_uploads(self, prefix: str) -> AsyncIterator[ListedUpload]:
+        """Yield the uploads in parts that are not complete, of keys that begin with `prefix`."""
+        query = [("uploads", ""), ("encoding-type", "url"), ("prefix", self.location.prefix + prefix)]
+        marker: list[tuple[str, str]] = []
+        while True:
+            date, answer = await self._retry(partial(self._list_page, [*query, *marker]))
+            is_quoted = "EncodingType" in answer.texts
+            for kind, texts in answer.items:
+                if kind == "Upload":
+                    key = unquote_key(texts.get("Key", "")) if is_quoted else texts.get("Key", "")
+                    age = date - self._parse_time(texts.get("Initiated", ""))
+                    yield ListedUpload(key.removeprefix(self.location.prefix), texts.get("UploadId", ""), age)
+            next_key = answer.texts.get("NextKeyMarker", "")
+            next_marker = [
+                ("key-marker", unquote_key(next_key) if is_quoted else next_key),
+                ("upload-id-marker", answer.texts.get("NextUploadIdMarker", "")),
+            ]
+            if answer.texts.get("IsTruncated") != "true" or not next_key or next_marker == marker:
+                return
+            marker = next_marker
+
+    async def abort_upload(self, key: str, upload: str) -> None:
+        """Delete the parts of an upload that is not complete, if it is there."""
+        abort = partial(self._send, "DELETE", key, [("uploadId", upload)], accepted=(200, 204, 404))
+        response = await self._retry(abort)
+        await response.discard()
+
     # parts
 
     async def _put_parts(self, key: str, fd: int, size: int) -> None:
@@ -217,10 +261,8 @@ class S3Bucket:
             )  # fmt: skip
             await self._complete(key, upload, tags, size)
         except BaseException:
-            with suppress(RegistryError):  # else the store, or its rule for unfinished uploads, deletes the parts
-                abort = partial(self._send, "DELETE", key, [("uploadId", upload)], accepted=(200, 204, 404))
-                response = await self._retry(abort)
-                await response.discard()
+            with suppress(RegistryError):  # else gc deletes the parts a day later
+                await self.abort_upload(key, upload)
             raise
 
     async def _put_part(
@@ -279,11 +321,17 @@ class S3Bucket:
         key = key.removeprefix(self.location.prefix)
         if kind == "CommonPrefixes":
             return ListedKey(key)
+        written = self._parse_time(texts.get("LastModified", ""))
+        size = texts.get("Size", "0")
+        if not size.isascii() or not size.isdigit():
+            raise self._broken("lists objects without a size")
+        return ListedKey(key, int(size), written, date - written)
+
+    def _parse_time(self, text: str) -> float:
         try:
-            written = datetime.fromisoformat(texts.get("LastModified", "").replace("Z", "+00:00")).timestamp()
-            return ListedKey(key, int(texts.get("Size", "0")), written, date - written)
+            return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
         except ValueError:
-            raise self._broken("lists objects without a size or a date") from None
+            raise self._broken("lists objects without a date") from None
 
     async def _get(self, key: str, limit: int) -> bytes | None:
         response = await self._send("GET", key, accepted=(200, 404))

@@ -18,16 +18,11 @@ from botocore.httpsession import URLLib3Session
 
 from dockerproxy.bucket import keys
 from dockerproxy.bucket.request_signer import RequestSigner
-from dockerproxy.bucket.store_errors import StoreAnswer
+from dockerproxy.bucket.store_errors import IGNORES_CONDITIONS, StoreAnswer
 from dockerproxy.errors import StoreRefused
 from dockerproxy.net.store_location import StoreLocation
 
 _TIMEOUT = 5.0  # seconds
-
-IGNORES_CONDITIONS = (
-    "does not keep to If-None-Match, so two gateways may both create an object: `dockerproxy gc` will refuse to run;"
-    " pushes and pulls work"
-)
 
 
 @frozen

@@ -12,6 +12,11 @@ from dockerproxy.errors import InsufficientStorage, RegistryError, StoreRefused,
 
 MAX_ERROR = 64 * 1024  # bytes of an error that are read
 
+IGNORES_CONDITIONS = (
+    "does not keep to If-None-Match, so two gateways may both create an object: `dockerproxy gc` will refuse to run;"
+    " pushes and pulls work"
+)
+
 _MAX_WORDS = 300  # characters of the store's message that are shown
 _RETRY_AFTER = 5  # seconds; a store that restarts needs about that long
 _REFUSED_RETRY_AFTER = 60  # seconds; a person has to do something

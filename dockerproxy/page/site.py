@@ -74,10 +74,7 @@ ReadHistory = Callable[[str, str], Awaitable[list[Document]]]
 
 @define(eq=False)
 class BrowserPage:
-    """Handles the requests for the page. `registries` returns the names of the registries that are cached.
-
-    Unless `collects_garbage`, there is no button for gc, because the hosted registry is in a bucket.
-    """
+    """Handles the requests for the page. `registries` returns the names of the registries that are cached."""
 
     _reactor: Any
     _clock: Callable[[], float]
@@ -89,7 +86,6 @@ class BrowserPage:
     _place: Place
     _registries: Callable[[], list[str]]
     _on_proxy_port: bool = field(default=False, kw_only=True)
-    _collects_garbage: bool = field(default=True, kw_only=True)
 
     async def respond(self, request: Request) -> None:
         """Respond to a request for any address of the page. Raise `RegistryError` if it has no such asset."""
@@ -272,7 +268,6 @@ class BrowserPage:
             "report": report,
             "unavailable": unavailable,
             "operation": operation,
-            "collects_garbage": self._collects_garbage,
         }
         await self._respond_page(request, "doctor", visitor, context, parameters(request))
 

@@ -27,11 +27,11 @@ class OperationsStub:
         return {}
 
 
-def collect(operations: OperationsStub, root: str | None) -> str:
+def collect(operations: OperationsStub, root: str) -> str:
     return act(operations, root, "gc")
 
 
-def act(operations: OperationsStub, root: str | None, action: str, name: str = "", where: str = "") -> str:
+def act(operations: OperationsStub, root: str, action: str, name: str = "", where: str = "") -> str:
     unused: Any = None
     running: Any = operations
     actions = ImageActions(unused, unused, unused, running, unused, root, unused)
@@ -51,13 +51,12 @@ def test_gc_works_on_the_directory() -> None:
     assert operations.started == [("gc", {"root": "/srv/registry"})]
 
 
-def test_gc_never_runs_on_the_directory_if_the_registry_is_in_a_bucket() -> None:
+def test_gc_works_on_the_bucket() -> None:
     operations = OperationsStub()
-    with pytest.raises(Denied, match="in the bucket of REGISTRY_STORE"):
-        collect(operations, None)
-    assert operations.started == []
+    assert collect(operations, "s3://images") == "collecting"
+    assert operations.started == [("gc", {"root": "s3://images"})]
 
 
 def test_an_image_in_a_bucket_is_not_said_to_be_gone() -> None:
     with pytest.raises(Denied, match="in the bucket of REGISTRY_STORE"):
-        act(OperationsStub(), None, "remove", "team/app:1", "hosted")
+        act(OperationsStub(), "s3://images", "remove", "team/app:1", "hosted")

@@ -127,6 +127,23 @@ def test_events_and_the_result_are_relayed(harness: Harness) -> None:
     assert not harness.reactor.getDelayedCalls()
 
 
+def test_an_operation_on_a_bucket_has_a_process_of_its_own(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the settings by its environment, because all users may read the arguments of a process."""
+    monkeypatch.setattr(
+        harness.operations, "_variables", {"UPSTREAM_PROXY": "http://user:secret@proxy", "PYTHONPATH": "x"}
+    )
+    harness.start(root="s3://images/site")
+    assert harness.process.arguments[1:4] == ["-m", "dockerproxy.bucket_operations", "gc"]
+    assert harness.process.environment["UPSTREAM_PROXY"] == "http://user:secret@proxy"
+    assert harness.process.environment["PYTHONPATH"] == os.pathsep.join(filter(None, sys.path))
+    assert "secret" not in str(harness.process.arguments)
+    harness.process.end()
+    assert harness.recorded[-1]["target"] == "s3://images/site"
+    harness.start(root="/srv")
+    assert harness.process.environment.get("UPSTREAM_PROXY") is None
+    harness.process.end()
+
+
 def test_the_log_names_the_user(harness: Harness) -> None:
     logged: list[Any] = []
     globalLogPublisher.addObserver(logged.append)

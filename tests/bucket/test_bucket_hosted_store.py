@@ -65,7 +65,8 @@ def make_node(folder: Path, fake: FakeStore) -> Node:
     parser = make_parser(reactor)
     local = LocalHostedStore.from_tree(reactor, LocalDisk(reactor), tree, parser, b"secret", time.time)
     kept = KeptAnswers(reactor, cache.records)
-    return Node(cache, BucketHostedStore.from_parts(reactor, bucket, reads, kept, parser, local.uploads))
+    store = BucketHostedStore.from_parts(reactor, bucket, reads, kept, parser, local.uploads, reactor.seconds)
+    return Node(cache, store)
 
 
 class TestBucketHostedStore(HostedStoreSuite):

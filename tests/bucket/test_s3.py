@@ -374,3 +374,35 @@ def test_keys_of_others_are_left_out(bucket: S3Bucket, store: FakeStore, run: An
     )
     assert [entry.key for entry in run(read_list(bucket, ""))] == ["b"]
     assert LOCATION.prefix == "site/"
+
+
+def test_uploads_in_parts_are_listed_and_aborted(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    names = [("a b", 50.0), ("a b", 5.0), ("b+/%", 7.0), ("other", 9.0)]
+    for number, (name, age) in enumerate(names):
+        store.uploads[f"u{number}"] = {1: b"part"}
+        store.upload_keys[f"u{number}"] = f"site/x/{name}" if name != "other" else name, store.now() - age
+
+    async def listed() -> list[tuple[str, str, float]]:
+        return [(upload.key, upload.upload, upload.age) async for upload in bucket.list_uploads("x/")]
+
+    for store.lists_at_once in (1000, 1):
+        found = run(listed())
+        assert sorted(found) == [("x/a b", "u0", 50.0), ("x/a b", "u1", 5.0), ("x/b+/%", "u2", 7.0)]
+    for _ in range(2):
+        run(bucket.abort_upload("x/a b", "u0"))
+    assert sorted(store.uploads) == ["u1", "u2", "u3"]
+
+
+@pytest.mark.parametrize(
+    "failure", [refusal(503, "SlowDown"), ConnectionDropped("dropped"), UpstreamTimeout("slow")],
+    ids=["refused", "dropped", "timeout"],
+)  # fmt: skip
+def test_a_delete_that_must_not_come_twice(bucket: S3Bucket, store: FakeStore, run: Any, failure: Any) -> None:
+    run(bucket.put("a", b"x"))
+    store.fail(failure)
+    with pytest.raises(RegistryError):
+        run(bucket.delete_once("a"))
+    assert [request.method for request in store.requests] == ["PUT", "DELETE"]
+    for _ in range(2):
+        run(bucket.delete_once("a"))
+    assert store.objects == {}

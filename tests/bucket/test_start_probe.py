@@ -14,7 +14,8 @@ pytest.importorskip("botocore", reason="botocore is not installed (python3-botoc
 
 from dockerproxy.bucket import start_probe
 from dockerproxy.bucket.request_signer import RequestSigner
-from dockerproxy.bucket.start_probe import IGNORES_CONDITIONS, StartProbe
+from dockerproxy.bucket.start_probe import StartProbe
+from dockerproxy.bucket.store_errors import IGNORES_CONDITIONS
 from dockerproxy.errors import StoreRefused
 from dockerproxy.net.store_location import StoreLocation
 

@@ -42,9 +42,18 @@ def test_the_url_of_the_bucket_and_of_a_query() -> None:
         "s3://images?endpoint=rgw.test", "s3://images?endpoint=ftp://rgw.test", "s3://images?endpoint=http://",
         "s3://images?endpoint=http://rgw.test/path", "s3://images?endpoint=http://u:p@rgw.test",
         "s3://images?region=a b", "s3://images?region=a&region=b", "s3://images?secret=x",
+        "s3://images?gc_time_scale=0", "s3://images?gc_time_scale=1.5", "s3://images?gc_time_scale=-1",
+        "s3://images?gc_time_scale=nan", "s3://images?gc_time_scale=1e-3", "s3://images?gc_time_scale=0.0000001",
         "s3://images?endpoint=http://rgw.test&addressing=dns", "s3://images?endpoint=http://1.2.3.4&addressing=virtual",
     ],
 )  # fmt: skip
 def test_bad_values(text: str) -> None:
     with pytest.raises(ValueError):
         StoreLocation.parse(text)
+
+
+def test_the_scale_of_tests_and_the_address() -> None:
+    location = StoreLocation.parse("s3://images/site?endpoint=http://rgw.test&gc_time_scale=0.05")
+    assert (location.time_scale, location.address) == (0.05, "s3://images/site")
+    location = StoreLocation.parse("s3://images")
+    assert (location.time_scale, location.address) == (1.0, "s3://images")

@@ -291,7 +291,6 @@ class Demo:
     """The page, with the actions and sign-ins so far. Its clock stands still."""
 
     reactor: Any
-    collects_garbage: bool = True
     overview: DemoOverview = field(factory=DemoOverview)
     actions: list[tuple[str | None, str, str, str]] = field(factory=list)
     sign_ins: list[tuple[str, str | None, bool]] = field(factory=list)
@@ -317,7 +316,6 @@ class Demo:
             place,
             lambda: names,
             on_proxy_port=True,
-            collects_garbage=self.collects_garbage,
         )
         self.page = PageDoor(FirstUse(self.reactor, lambda: page), self.sign_in, self.requests)
 

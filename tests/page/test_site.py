@@ -229,14 +229,6 @@ def test_a_link_signs_in_once(browser: Browser, demo: Demo) -> None:
     assert browser.post("/login", {"link": late}).status == 403
 
 
-def test_a_bucket_has_no_button_for_gc(connect_client: Any) -> None:
-    browser = Browser(connect_client, Demo(SynchronousReactor(), collects_garbage=False))
-    browser.sign_in("alice", "secret")
-    page = check_page(browser.get("/doctor").body)
-    assert "Maintenance" in page and "the bucket of" in page
-    assert "Collect garbage" not in page
-
-
 def test_a_password_without_tls_is_warned_of(connect_client: Any, demo: Demo) -> None:
     text = Browser(connect_client, demo).get("/login?next=/doctor").body.decode()
     assert "This connection is not encrypted" in text

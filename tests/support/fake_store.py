@@ -70,6 +70,7 @@ class FakeStore:
     objects: dict[str, bytes] = field(factory=dict)
     written: dict[str, float] = field(factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(factory=dict)
+    upload_keys: dict[str, tuple[str, float]] = field(factory=dict)
     faults: list[Fault] = field(factory=list)
     requests: list[StoreRequest] = field(factory=list)
     lists_at_once: int = 1000
@@ -93,7 +94,7 @@ class FakeStore:
     async def request(
         self, method: str, url: str, headers: Headers, body: Any = None, *, reuse: bool = False
     ) -> ScriptedResponse:
-        received = b"" if body is None else await _read(body)
+        received = b"" if body is None else await read_body(body)
         parts = urlsplit(url)
         assert parts.path == "/images" or parts.path.startswith("/images/"), parts.path
         key = unquote(parts.path.removeprefix("/images").removeprefix("/"))
@@ -122,6 +123,8 @@ class FakeStore:
                 return response
             case "GET" if "list-type" in query:
                 return self._list(query)
+            case "GET" if "uploads" in query:
+                return self._list_uploads(query)
             case "GET" if key not in self.objects:
                 return refusal(404, "NoSuchKey")
             case "GET":
@@ -135,8 +138,9 @@ class FakeStore:
                 self.store(key, body)
                 return ScriptedResponse(200)
             case "POST" if "uploads" in query:
-                upload = f"upload-{len(self.uploads)}"
+                upload = f"upload-{len(self.upload_keys)}"
                 self.uploads[upload] = {}
+                self.upload_keys[upload] = key, self.now()
                 return xml("InitiateMultipartUploadResult", f"<UploadId>{upload}</UploadId>")
             case "POST" if "uploadId" in query:
                 return self._complete(key, query["uploadId"], body)
@@ -177,6 +181,28 @@ class FakeStore:
         self.store(key, b"".join(parts[number] for number in numbers))
         return xml("CompleteMultipartUploadResult", "<ETag>x</ETag>")
 
+    def _list_uploads(self, query: dict[str, str]) -> ScriptedResponse:
+        entries = sorted((*self.upload_keys[upload], upload) for upload in self.uploads)
+        after = query.get("key-marker", ""), query.get("upload-id-marker", "")
+        found = [entry for entry in entries if entry[0].startswith(query["prefix"]) and (entry[0], entry[2]) > after]
+        page = found[: self.lists_at_once]
+        content = "".join(
+            f"<Upload><Key>{escape(quote(key))}</Key><UploadId>{upload}</UploadId><Initiator><ID>o</ID></Initiator>"
+            f"<Initiated>{_date(initiated)}</Initiated></Upload>"
+            for key, initiated, upload in page
+        )
+        marker = ""
+        if len(found) > len(page):
+            key, _, upload = page[-1]
+            marker = (
+                f"<NextKeyMarker>{escape(quote(key))}</NextKeyMarker><NextUploadIdMarker>{upload}</NextUploadIdMarker>"
+            )
+        return xml(
+            "ListMultipartUploadsResult",
+            f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(marker)).lower()}</IsTruncated>{marker}{content}",
+            {"date": format_datetime(datetime.fromtimestamp(self.now(), UTC), usegmt=True)},
+        )
+
     def _list(self, query: dict[str, str]) -> ScriptedResponse:
         prefix, delimiter = query["prefix"], query.get("delimiter", "")
         after = query.get("continuation-token") or query.get("start-after", "")
@@ -189,10 +215,9 @@ class FakeStore:
                 group = prefix + rest.partition(delimiter)[0] + delimiter
                 entries[group] = f"<CommonPrefixes><Prefix>{escape(quote(group))}</Prefix></CommonPrefixes>"
             else:
-                date = datetime.fromtimestamp(self.written[key], UTC).isoformat().replace("+00:00", "Z")
                 entries[key] = (
                     f"<Contents><Key>{escape(quote(key))}</Key><Size>{len(self.objects[key])}</Size>"
-                    f"<LastModified>{date}</LastModified><Owner><ID>o</ID></Owner></Contents>"
+                    f"<LastModified>{_date(self.written[key])}</LastModified><Owner><ID>o</ID></Owner></Contents>"
                 )
         names = [name for name in sorted(entries) if name > after]
         limit = min(self.lists_at_once, int(query.get("max-keys", 1000)))
@@ -207,6 +232,10 @@ class FakeStore:
         )
 
 
+def _date(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat().replace("+00:00", "Z")
+
+
 def xml(root: str, content: str, fields: dict[str, str] | None = None) -> ScriptedResponse:
     """Return an answer as S3 sends it."""
     text = f'<?xml version="1.0"?>\n<{root} xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{content}</{root}>'
@@ -219,7 +248,8 @@ def refusal(status: int, code: str, message: str = "", fields: dict[str, str] | 
     return ScriptedResponse(status, body, fields)
 
 
-async def _read(body: Any) -> bytes:
+async def read_body(body: Any) -> bytes:
+    """Return the bytes of the body of a request."""
     consumer = _Consumer()
     done: Deferred[None] = body.startProducing(consumer)
     await done

@@ -36,11 +36,11 @@ class MultiProcessDaemon(RegistryDaemon):
     @property
     def serving_pids(self) -> list[int]:
         """Return the pids of the serving processes: the main process, then the fork server's children by age."""
-        return [self.pid, *_child_pids(self.fork_server_pid)]
+        return [self.pid, *child_pids(self.fork_server_pid)]
 
     @property
     def fork_server_pid(self) -> int:
-        return _child_pids(self.pid)[0]
+        return child_pids(self.pid)[0]
 
     def pid_serving(self, connection: http.client.HTTPConnection) -> int | None:
         """Return the pid of the process that serves a connection, or None while it is passed between processes."""
@@ -114,7 +114,8 @@ def all_exited(pids: list[int]) -> bool:
     return not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids)
 
 
-def _child_pids(pid: int) -> list[int]:
+def child_pids(pid: int) -> list[int]:
+    """Return the processes that the main thread of a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 from urllib.parse import urlsplit
@@ -60,16 +60,27 @@ class ObjectStore(ABC):
         assert status == 200, content
         return bucket
 
-    def send(self, bucket: str, method: str, key: str = "", body: bytes = b"") -> tuple[int, bytes]:
+    def keys(self, bucket: str, prefix: str) -> list[str]:
+        """Return the keys that begin with `prefix`, 1,000 at most."""
+        from dockerproxy.bucket.s3_xml import parse_answer
+
+        status, content = self.send(bucket, "GET", query=[("list-type", "2"), ("prefix", prefix)])
+        assert status == 200, content
+        return [texts["Key"] for kind, texts in parse_answer(content).items if kind == "Contents"]
+
+    def send(
+        self, bucket: str, method: str, key: str = "", body: bytes = b"", query: Sequence[tuple[str, str]] = ()
+    ) -> tuple[int, bytes]:
         """Send a request, and return the status and the content of the response."""
         from dockerproxy.bucket.request_signer import RequestSigner
 
-        url = StoreLocation.parse(self.url(bucket)).url(key)
+        url = StoreLocation.parse(self.url(bucket)).url(key, query)
         signer = RequestSigner.find_credentials(None, "us-east-1", self.credentials)
         fields = dict(signer.sign_now(method, url, [], hashlib.sha256(body).hexdigest()))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request(method, urlsplit(url).path, body, fields)
+            parts = urlsplit(url)
+            connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, body, fields)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
