@@ -107,6 +107,10 @@ class UpstreamClient:
             response = await self._follow_redirects(request, authorization, target_authorizations)
         if not isinstance(credential, Anonymous | ClientCredential):
             response.headers = response.headers.without(*_ACCOUNT_FIELDS)
+        # A server before the registry may say that it has changed the content (203, RFC 9110, section 15.3.4), or send
+        # a part that is the whole (206). The digest decides about it, as about all framing.
+        if response.status == 203 or (response.status == 206 and "range" not in request.headers):
+            response.status = 200
         return response
 
     async def send(

@@ -375,6 +375,14 @@ class UpstreamClientTests(TestCase):
         self.assertEqual((await self.send_request(credential=LOGIN)).status, 401)
         self.assertEqual((self.servers.tokens, self.authorizer.challenges_for(REGISTRY)), (0, ()))
 
+    async def test_other_successes_mean_that_the_content_follows(self) -> None:
+        """docker and containerd take them. A part is one only if it was asked for."""
+        part = Headers([("Range", "bytes=0-1")])
+        for status, headers, expected in ((203, Headers(), 200), (206, Headers(), 200), (206, part, 206)):
+            self.servers.respond = lambda request, status=status: (status, {"Content-Range": "bytes 0-1/2"}, b"ok")
+            response = await self.send_request(headers=headers)
+            self.assertEqual((response.status, await response.read_all(2)), (expected, b"ok"))
+
     async def test_other_redirects_are_returned(self) -> None:
         self.servers.respond = redirect_from(x="/y")
         self.assertEqual((await self.send_request(follow=False)).status, 307)
