@@ -100,8 +100,8 @@ def running_store(folder: Path) -> Iterator[ObjectStore]:
     configuration.write_text(json.dumps({"identities": [{"name": "b", "credentials": keys, "actions": actions}]}))
     argv = [
         _find_program(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-master.telemetry=false", "-volume.max=0", "-filer", "-s3", f"-s3.port={port}",
-        f"-s3.config={configuration}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=300", "-filer", "-s3",
+        f"-s3.port={port}", f"-s3.config={configuration}", "-s3.port.iceberg=0", "-s3.port.lance=0",
     ]  # fmt: skip
     for name in ("master", "volume", "filer"):
         argv += [f"-{name}.port={free_port()}", f"-{name}.port.grpc={free_port()}"]

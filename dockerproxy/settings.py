@@ -345,11 +345,13 @@ def _typo_warnings(file: Mapping[str, str], setting_names: list[str]) -> list[st
 def unread_names(file: Mapping[str, str]) -> tuple[str, ...]:
     """Return the names in an environment file that are no settings, nor resemble one: `Settings.warnings` names those.
 
-    Variables that other programs read from such a file are left out.
+    Variables that other programs read from such a file are left out, and those of botocore, which REGISTRY_STORE uses.
     """
     setting_names = _variable_names(Settings)
     known = {*setting_names, *_UNRELATED_VARIABLES}
-    names = [name for name in file if name not in setting_names and name.upper() not in known]
+    names = [
+        name for name in file if name not in setting_names and name.upper() not in known and not name.startswith("AWS_")
+    ]
     return tuple(name for name in names if not _typo_warnings({name: ""}, setting_names))
 
 

@@ -15,7 +15,7 @@ from dockerproxy.net.addresses import AddressSet
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.docker_hub import DOCKER_HUB, DOCKER_HUB_ALIASES, DOCKER_HUB_TOKENS
 from dockerproxy.oci.names import Host, Registry
-from dockerproxy.settings import Settings, SettingsError, read_env_file
+from dockerproxy.settings import Settings, SettingsError, read_env_file, unread_names
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -841,3 +841,9 @@ def test_the_reserve_of_pulls() -> None:
         with pytest.raises(SettingsError, match=r"RATE_RESERVE: .* is not a percentage from 0% to 100%, such as 20%\."):
             settings(RATE_RESERVE=text)
     assert settings(PIN_FILE="pins").pin_file == Path("pins").absolute() and settings().pin_file is None
+
+
+def test_the_credentials_of_a_bucket_are_no_unknown_names() -> None:
+    """botocore reads them."""
+    file = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "REGISTRIES": "quay.io", "UNKNOWN": "1"}
+    assert unread_names(file) == ("UNKNOWN",)
