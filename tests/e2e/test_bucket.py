@@ -21,7 +21,7 @@ from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon, write_image_folder
-from tests.e2e.harness.seaweedfs import SeaweedFS
+from tests.e2e.harness.seaweedfs import SeaweedFS, SeaweedGateway
 
 MIB = 1 << 20
 
@@ -99,8 +99,8 @@ def test_commands_that_need_a_directory_say_so(nodes: tuple[RegistryDaemon, Regi
         assert message in ended.stdout + ended.stderr
 
 
-def test_readyz_status_and_doctor_know_the_bucket(tmp_path: Path) -> None:
-    with SeaweedFS(tmp_path / "store").run() as store:
+def test_readyz_status_and_doctor_know_the_bucket(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    with SeaweedGateway(seaweedfs, tmp_path / "store").run() as store:
         daemon = RegistryDaemon(tmp_path / "node", store.settings(store.make_bucket("known")))
         with daemon.run_and_check_log(lambda: [SECRET_KEY]):
 
@@ -198,9 +198,8 @@ def test_a_node_is_killed_and_an_empty_one_serves(store: ObjectStore, bucket: st
 
 
 @pytest.mark.slow
-def test_a_store_that_is_down_and_comes_back(tmp_path: Path) -> None:
-    store = SeaweedFS(tmp_path / "store")
-    with store.run():
+def test_a_store_that_is_down_and_comes_back(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    with SeaweedGateway(seaweedfs, tmp_path / "store").run() as store:
         daemon = RegistryDaemon(tmp_path / "daemon", store.settings(store.make_bucket("down")))
         with daemon.run_and_check_log(lambda: [SECRET_KEY]):
             image = push(daemon, "acme/app", "v1", images.build_small_image("down"))

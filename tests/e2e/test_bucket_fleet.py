@@ -33,7 +33,7 @@ ALICE = {"Authorization": basic_authorization("alice", USERS["alice"])}
 def fleet(seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketFleet]:
     """Return nodes to which users may push, and from which everybody may pull."""
     folder = tmp_path_factory.mktemp("fleet")
-    users = {"HTPASSWD_FILE": str(write_htpasswd(folder)), "ANONYMOUS_PULL": "true"}
+    users = {"HTPASSWD_FILE": str(write_htpasswd(folder)), "ANONYMOUS_PULL": "true", "WORKERS": "2"}
     with running_bucket_fleet(folder, 3, {**seaweedfs.settings(seaweedfs.make_bucket("fleet")), **users}) as fleet:
         yield fleet
         for node in fleet.nodes:

@@ -1,6 +1,7 @@
 """Pushes to three nodes with one bucket, while nodes, the store and collectors are killed: what is acknowledged stays.
 
-BUCKET_KILLS is the time in seconds.
+BUCKET_KILLS is the time in seconds. In a second test, nodes do not take part in the protocol of gc, and lose something.
+If they did not, the first one would prove nothing.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from urllib.parse import urlsplit
@@ -26,16 +30,32 @@ from tests.e2e.harness.bucket_fleet import running_bucket_fleet
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, OCI_CONFIG, OCI_LAYER, SampleImage, TypedContent
+from tests.e2e.harness.multi_process import child_pids
 from tests.e2e.harness.object_store import SECRET_KEY
 from tests.e2e.harness.process import require_programs
 from tests.e2e.harness.registry_daemon import RegistryDaemon, write_image_folder
 from tests.e2e.harness.seaweedfs import SeaweedFS, SeaweedGateway
+from tests.e2e.test_bucket import command_line
 
 pytestmark = pytest.mark.slow
 
 KIB = 1 << 10
 SECONDS = float(os.environ.get("BUCKET_KILLS", "6"))
-LAYERS = [TypedContent(OCI_LAYER, images.random_bytes(64 * KIB, f"kills, layer {number}")) for number in range(6)]
+LAYERS = [TypedContent(OCI_LAYER, images.random_bytes(16 * KIB, f"kills, layer {number}")) for number in range(12)]
+LIVE_IMAGES = 3  # so that most layers are garbage most of the time, and needed again a moment later
+
+TIME_SCALE = 0.01  # of all times of gc
+GRACE = "2s"
+
+WEAKENED = """
+from dockerproxy.bucket import gc_view
+
+async def look(self):
+    return gc_view.Published()
+
+gc_view.GCView.look = look
+"""
+"""A sitecustomize.py by which nodes never see that something is condemned."""
 
 
 class NotAcknowledged(Exception):
@@ -48,6 +68,7 @@ class Pushes:
 
     balancer: int
     expected: dict[tuple[str, str], SampleImage | None] = field(factory=dict)
+    lost: list[str] = field(factory=list)
     counts: Counter[str] = field(factory=Counter)
     ended: threading.Event = field(factory=threading.Event)
 
@@ -66,11 +87,17 @@ class Pushes:
             if self.ended.is_set() and not is_last:
                 is_last, deadline = True, time.monotonic() + 60
 
+    def live_images(self) -> list[tuple[str, str]]:
+        """Return the images that may be deleted."""
+        return [key for key in list(self.expected) if key[0].startswith("raw/")]
+
     def push_raw(self, repository: str, number: int) -> bool:
-        """Push an image that shares layers with others."""
+        """Push an image that shares layers with others, when there are few enough."""
+        while len(self.live_images()) >= 2 * LIVE_IMAGES and not self.ended.is_set():
+            self.ended.wait(0.05)
         choice = Random(f"{repository} {number}")
         config = TypedContent(OCI_CONFIG, json.dumps({"architecture": "amd64", "os": repository, "n": number}).encode())
-        image = images.build_image_from_blobs(config, choice.sample(LAYERS, 3))
+        image = images.build_image_from_blobs(config, choice.sample(LAYERS, 2))
         try:
             for blob in image.blobs:
                 if self.request("HEAD", f"/v2/{repository}/blobs/{blob.digest}", also=404).status == 404:
@@ -90,23 +117,38 @@ class Pushes:
             target = f"{location.path}?{location.query}" if location.query else location.path
         self.request("PUT", f"{target}{'&' if '?' in target else '?'}digest={blob.digest}")
 
-    def delete(self, choice: Random) -> None:
-        """Delete an image with its tag, so that a collector has something to do."""
-        raw = [key for key, image in list(self.expected.items()) if image is not None and key[0].startswith("raw/")]
-        if len(raw) < 10:
-            self.ended.wait(0.1)
-            return
-        repository, tag = key = choice.choice(raw)
-        image = self.expected.pop(key)
-        assert image is not None
-        for reference in (tag, image.digest):
-            while True:
-                try:
-                    self.request("DELETE", f"/v2/{repository}/manifests/{reference}", also=404)
-                    break
-                except NotAcknowledged:
-                    self.ended.wait(0.1)
-        self.counts["deleted"] += 1
+    def delete_some(self, choice: Random) -> None:
+        """Delete images with their tags until the end, so that collectors have something to do."""
+        while not self.ended.is_set():
+            raw = self.live_images()
+            if len(raw) < LIVE_IMAGES:
+                self.ended.wait(0.05)
+                continue
+            key = choice.choice(raw)
+            image = self.expected[key]
+            assert image is not None
+            if self.is_whole(*key, image):
+                del self.expected[key]
+                for reference in (key[1], image.digest):
+                    self.insist("DELETE", f"/v2/{key[0]}/manifests/{reference}")
+                self.counts["deleted"] += 1
+
+    def is_whole(self, repository: str, tag: str, image: SampleImage) -> bool:
+        """Return whether the bucket has the image, and note it if something is lost."""
+        for path in (f"manifests/{tag}", *(f"blobs/{blob.digest}" for blob in image.blobs)):
+            if self.insist("HEAD", f"/v2/{repository}/{path}").status == 404:
+                self.lost.append(f"{path} of {repository}:{tag}")
+                self.ended.set()
+                return False
+        return True
+
+    def insist(self, method: str, target: str) -> BufferedResponse:
+        """Send a request until it succeeds, or finds nothing."""
+        while True:
+            try:
+                return self.request(method, target, also=404)
+            except NotAcknowledged:
+                time.sleep(0.1)
 
     def request(
         self, method: str, target: str, body: bytes = b"", fields: dict[str, str] | None = None, also: int = 0
@@ -151,9 +193,9 @@ def check_image(node: RegistryDaemon, repository: str, tag: str, image: SampleIm
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[SeaweedGateway]:
-    """Return the gateway of a store. It is killed alone, because a store of one process needs 20 s for its election."""
-    with SeaweedFS(tmp_path / "store").run() as store, SeaweedGateway(store, tmp_path / "gateway").run() as gateway:
+def gateway(seaweedfs: SeaweedFS, tmp_path: Path) -> Iterator[SeaweedGateway]:
+    """Return a gateway of the store. It is killed alone, because a store of one process needs 20 s for its election."""
+    with SeaweedGateway(seaweedfs, tmp_path / "gateway").run() as gateway:
         yield gateway
 
 
@@ -196,59 +238,134 @@ def make_layer(folder: Path, seed: str) -> Path:
     return place / "layer.tar"
 
 
-def kill_until_end(pushes: Pushes, kind: str, choice: Random, kill: Callable[[], bool]) -> None:
-    """Call `kill`, with pauses. It returns whether it has killed something."""
-    while not pushes.ended.wait(choice.random()):
-        if kill():
-            pushes.counts[f"killed {kind}"] += 1
+def repeat_until_end(pushes: Pushes, choice: Random, pause: float, act: Callable[[], str]) -> None:
+    """Call `act`, with pauses of at most `pause` seconds. It returns the name of what it has done."""
+    while not pushes.ended.wait(pause * choice.random()):
+        pushes.counts[act()] += 1
+
+
+def collect(pushes: Pushes, node: RegistryDaemon, choice: Random, *, kills: bool) -> str:
+    """Run gc at `node`. If `kills`, kill its process at some moment or other."""
+    with subprocess.Popen(
+        command_line(node, "gc", "--grace", GRACE, "--delete-untagged", "--json"),
+        env=node.environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while kills and process.poll() is None and not pushes.ended.is_set():
+            collector = find_collector(node)
+            if collector is None:
+                time.sleep(0.05)
+                continue
+            pushes.ended.wait(4 * choice.random())
+            with suppress(ProcessLookupError):
+                os.kill(collector, signal.SIGKILL)
+                return "killed collectors"
+        output = process.communicate()[0]
+    if process.returncode:
+        return "failed collectors"
+    pushes.counts["collected blobs"] += json.loads(output)["blobs"]
+    return "runs of gc"
+
+
+def find_collector(node: RegistryDaemon) -> int | None:
+    """Return the process that collects for `node`."""
+    for pid in child_pids(node.pid):
+        with suppress(OSError):
+            if b"dockerproxy.bucket_operations" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None
+
+
+def start_raw_pushes(pool: ThreadPoolExecutor, pushes: Pushes) -> list[Future[None]]:
+    """Push images that share layers, to two repositories, and delete most of them again."""
+    running = [
+        pool.submit(pushes.repeat, partial(pushes.push_raw, f"raw/app{number}"), f"raw/app{number}")
+        for number in range(2)
+    ]
+    return [*running, pool.submit(pushes.delete_some, Random(4))]
 
 
 def test_nothing_acknowledged_is_lost(
-    gateway: SeaweedGateway, clients: ClientFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seaweedfs: SeaweedFS,
+    gateway: SeaweedGateway,
+    clients: ClientFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     require_programs("skopeo", "podman", "dockerd", root=True)
-    settings = gateway.settings(gateway.make_bucket("kills"))
-    random = Random(SECONDS)
+    settings = scaled(gateway.settings(gateway.make_bucket("kills")))
     with running_bucket_fleet(tmp_path, 3, settings) as fleet, ThreadPoolExecutor(10) as pool:
         pushes = Pushes(fleet.balancer.port)
         node = fleet.nodes[0]
         docker, podman = clients.docker_with({}), clients.podman(node)
+        nodes, stores, collectors = Random(1), Random(2), Random(3)
 
-        def kill_node() -> bool:
-            restart(random.choice(fleet.nodes))
-            return True
+        def kill_node() -> str:
+            restart(nodes.choice(fleet.nodes))
+            return "killed nodes"
 
-        def kill_store() -> bool:
+        def kill_store() -> str:
             gateway.kill()
+            if SECONDS > 60 and stores.random() < 0.04:
+                seaweedfs.kill()
+                seaweedfs.start()
             gateway.start()
-            return True
+            return "killed stores"
+
+        def kill_collector() -> str:
+            return collect(pushes, collectors.choice(fleet.nodes), collectors, kills=collectors.random() < 0.5)
 
         makers = {
             "skopeo": skopeo_pushes(pushes, clients, node, tmp_path),
             "docker": engine_pushes(pushes, docker.run, tmp_path / "docker-layers", "docker"),
             "podman": engine_pushes(pushes, podman.run, tmp_path / "podman-layers", "podman", "--tls-verify=false"),
         }
-        running: list[Future[None]] = [pool.submit(pushes.repeat, push, kind) for kind, push in makers.items()]
-        for number in range(2):
-            repository = f"raw/app{number}"
-            running.append(pool.submit(pushes.repeat, lambda n, name=repository: pushes.push_raw(name, n), "raw"))
-        running.append(pool.submit(kill_until_end, pushes, "nodes", Random(1), kill_node))
-        running.append(pool.submit(kill_until_end, pushes, "stores", Random(2), kill_store))
+        running = [pool.submit(pushes.repeat, push, kind) for kind, push in makers.items()]
+        running += start_raw_pushes(pool, pushes)
+        for pause, act in ((2, kill_node), (5, kill_store), (1, kill_collector)):
+            running.append(pool.submit(repeat_until_end, pushes, Random(pause), pause, act))
         try:
             end = time.monotonic() + SECONDS
             while time.monotonic() < end and not any(task.done() for task in running):
-                pushes.delete(random)
+                pushes.ended.wait(0.1)
         finally:
             pushes.ended.set()
         for task in running:
             task.result()
-        lost = find_losses(pushes, tmp_path / "fresh", settings)
+        counts = pushes.counts
+        while not counts["collected blobs"]:  # a killed one counts as alive for some seconds
+            counts[collect(pushes, node, collectors, kills=False)] += 1
+        lost = [*pushes.lost, *find_losses(pushes, tmp_path / "fresh", settings)]
     with capsys.disabled():
-        print(
-            f"\n{SECONDS:g} s of kills: {dict(pushes.counts)}, {len(pushes.expected)} images checked, {len(lost)} lost"
-        )
+        print(f"\n{SECONDS:g} s of kills: {dict(counts)}, {len(pushes.expected)} images checked, {len(lost)} lost")
     assert lost == []
-    assert all(pushes.counts[kind] for kind in ("raw", "skopeo", "docker", "podman", "killed nodes", "killed stores"))
+    assert all(counts[kind] for kind in ("raw/app0", "skopeo", "docker", "podman", "killed nodes", "killed stores"))
+
+
+def test_nodes_that_ignore_collectors_lose_something(
+    seaweedfs: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WEAKENED)
+    settings = scaled(seaweedfs.settings(seaweedfs.make_bucket("weakened")))
+    with running_bucket_fleet(tmp_path, 3, settings) as fleet, ThreadPoolExecutor(10) as pool:
+        for node in fleet.nodes:
+            node.environment["PYTHONPATH"] += f":{tmp_path}"
+            node.restart()
+        pushes, started = Pushes(fleet.balancer.port), time.monotonic()
+        running = start_raw_pushes(pool, pushes)
+        while not pushes.ended.is_set() and time.monotonic() - started < 120:
+            pushes.counts[collect(pushes, fleet.nodes[0], Random(5), kills=False)] += 1
+        pushes.ended.set()
+        for task in running:
+            task.result()
+        lost = [*pushes.lost, *find_losses(pushes, tmp_path / "fresh", settings)]
+    with capsys.disabled():
+        print(f"\nweakened: {dict(pushes.counts)}, {len(lost)} lost after {time.monotonic() - started:.0f} s")
+    assert lost
+
+
+def scaled(settings: dict[str, str]) -> dict[str, str]:
+    """Return `settings` with short times of gc."""
+    return {**settings, "REGISTRY_STORE": f"{settings['REGISTRY_STORE']}&gc_time_scale={TIME_SCALE}"}
 
 
 def restart(node: RegistryDaemon) -> None:
