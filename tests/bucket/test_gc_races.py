@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ BLOB, OTHER_BLOB, LAYER = b"config", b"another config", b"a layer of both"
 IMAGE, OTHER_IMAGE = make_image(BLOB, LAYER), make_image(OTHER_BLOB, LAYER)
 V1, V2 = parse_tag("v1"), parse_tag("v2")
 
-STRIDE = int(os.environ.get("GC_RACES_STRIDE", "11"))
+STRIDE = int(os.environ.get("GC_RACES_STRIDE", "17"))
 """Each so manieth order of two processes is tried. 1 takes a minute."""
 SEEDS = int(os.environ.get("GC_RACES_SEEDS", "8"))
 
@@ -76,9 +76,9 @@ def interleave(untagged: bool, first: int, second: int) -> tuple[World, bool]:
     return world, sent == first and pushed == second
 
 
-def interleavings(untagged: bool, stride: int = 1) -> Iterator[World]:
-    """Yield the worlds after all pairs of such changes, or after each `stride`th."""
-    for first in count():
+def interleavings(untagged: bool, stride: int = 1, start: int = 0) -> Iterator[World]:
+    """Yield the worlds after all pairs of such changes, or after each `stride`th, from the request `start` on."""
+    for first in count(start):
         for second in count(first % stride, stride):
             world, is_new = interleave(untagged, first, second)
             yield world
@@ -91,7 +91,7 @@ def interleavings(untagged: bool, stride: int = 1) -> Iterator[World]:
 @pytest.mark.parametrize("untagged", [False, True], ids=["blobs", "untagged"])
 def test_a_push_in_the_middle_of_a_run(untagged: bool) -> None:
     worlds = list(interleavings(untagged, STRIDE))
-    assert len(worlds) > 60
+    assert len(worlds) > 40
     assert not [world.lost() for world in worlds if world.lost()]
     acknowledged = [world for world in worlds if world.acknowledged]
     assert len(acknowledged) > len(worlds) / 4
@@ -159,17 +159,20 @@ def _plan_without_ages(repository: Any, targets: Any, references: Any, grace: fl
         ("no fresh look", False),
         ("no decision", False),
         ("no second mark", False),
-        ("no last look", True),
         ("no rewriting", True),
         ("no age", True),
     ],
-    ids=["no fresh look", "no decision", "no second mark", "no last look", "no rewriting", "no age"],
+    ids=["no fresh look", "no decision", "no second mark", "no rewriting", "no age"],
 )
 def test_a_push_is_lost_without_a_rule(weakness: str, untagged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _weaken(weakness, monkeypatch)
-    assert any(world.lost() for world in pushes_first(untagged)) or any(
-        world.lost() for world in interleavings(untagged)
-    )
+    assert any(world.lost() for world in chain(pushes_first(untagged, 5), interleavings(untagged, STRIDE)))
+
+
+def test_a_push_is_lost_without_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    _weaken("no last look", monkeypatch)
+    late = 45  # while the run deletes; it may end before the push looks at the runs
+    assert any(world.lost() for world in interleavings(True, start=late))
 
 
 def pushes_first(untagged: bool, stride: int = 1) -> Iterator[World]:
@@ -192,7 +195,7 @@ def pushes_first(untagged: bool, stride: int = 1) -> Iterator[World]:
 @pytest.mark.parametrize("untagged", [False, True], ids=["blobs", "untagged"])
 def test_a_run_in_the_middle_of_a_push(untagged: bool) -> None:
     worlds = list(pushes_first(untagged, STRIDE))
-    assert len(worlds) > 60
+    assert len(worlds) > 40
     assert not [world.lost() for world in worlds if world.lost()]
     assert len([world for world in worlds if world.acknowledged]) > len(worlds) / 4
 
