@@ -56,7 +56,7 @@ class OverviewAnswers:
     async def renew(self) -> None:
         """Walk the repositories, if anybody has looked at them since the start."""
         if self._overview.loaded is not None:
-            await self._overview.loaded.renew()
+            await self._overview.loaded.renew(somebody_looks=False)
 
 
 def build_overview(
@@ -78,8 +78,10 @@ def build_overview(
         from dockerproxy.admin.local_overview import LocalOverview
         from dockerproxy.admin.summary import Summaries
 
+        hosted, cached = stores
+        walked = StoreView(HOSTED, server.hosted.layout, server.hosted.open_walker)
         records = state.open_records()
-        summaries = Summaries(reactor, stores, server.registry_disk, records)
+        summaries = Summaries(reactor, [walked, cached], server.hosted.disk, records)
         summaries.load_pulls = pull_history.counts.sums
         return LocalOverview(
             reactor,
@@ -87,9 +89,9 @@ def build_overview(
             shared.board,
             history,
             summaries,
-            stores,
+            [hosted, cached],
             records,
-            server.registry_disk,
+            server.hosted.disk,
             shared.cache_space.usage,
             time.time,
             sources,
@@ -151,10 +153,13 @@ def load_explainer(
     """Load the answers to `dockerproxy why`."""
     from dockerproxy.admin.why import Explainer
 
+    hosted, cached = store_views(state, server)
     records = state.open_records()
+    # A bucket is not asked for an explanation.
+    stores = [hosted, cached] if settings.registry_store is None else [cached]
     return Explainer(
-        ImageResolver(store_views(settings, state), frozenset(settings.registry_hostname)),
-        StoreView(CACHED, state.cache),
+        ImageResolver(stores, frozenset(settings.registry_hostname)),
+        cached,
         server.registries.mirrored,
         records,
         Access(records, time.time),
@@ -202,7 +207,6 @@ def build_page_desk(
     return answer
 
 
-def store_views(settings: Settings, state: StateDirectory) -> list[StoreView]:
-    """Return the stores that are on this machine: with REGISTRY_STORE, that is the cache alone."""
-    cached = StoreView(CACHED, state.cache)
-    return [cached] if settings.registry_store is not None else [StoreView(HOSTED, state.registry), cached]
+def store_views(state: StateDirectory, server: ProxyServer) -> list[StoreView]:
+    """Return the hosted store and the cache."""
+    return [StoreView(HOSTED, server.hosted.layout, server.hosted.open_reader), StoreView(CACHED, state.cache)]

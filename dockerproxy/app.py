@@ -77,10 +77,12 @@ from dockerproxy.shares import Bound, ClientShares
 from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
+from dockerproxy.store.layout import Layout
 from dockerproxy.store.local_hosted_store import LocalHostedStore
 from dockerproxy.store.quarantine import count_damaged
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
+from dockerproxy.store.tree_reader import TreeReader
 from dockerproxy.store.uploads import UploadLimits
 from dockerproxy.store.write_probe import StoreProbe, probe_directory
 from dockerproxy.thread_pool import DISK_THREADS, PARSE_LIMITS, BoundedThreadPool, ContentParser, PoolLimits
@@ -178,6 +180,23 @@ class ThreadPools:
 
 
 @frozen
+class HostedStorage:
+    """The storage of the hosted registry: REGISTRY_DIR, or the bucket of REGISTRY_STORE with its `probes`.
+
+    The command and the page read it in the threads of `disk`, as a tree in `layout`. `open_reader` opens the tree for
+    one answer, and `open_walker` for one about all repositories.
+    """
+
+    store: HostedStore
+    disk: DiskAccess
+    layout: Layout
+    open_reader: Callable[[], TreeReader] = TreeReader
+    open_walker: Callable[[], TreeReader] = TreeReader
+    probes: Sequence[StoreProbe] = ()
+    bounds: Sequence[Bound] = ()
+
+
+@frozen
 class ProxyServer:
     """The running parts of the server."""
 
@@ -190,7 +209,7 @@ class ProxyServer:
     hosted_app: HostedRegistryApp
     proxy_login: ProxyLogin
     certificates: Certificates
-    hosted_store: HostedStore
+    hosted: HostedStorage
     hosted_tree: HostedTree
     registry_disk: DiskAccess
     audit: AuditLog
@@ -316,16 +335,16 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     disk, disk_bounds = open_registry_disk(reactor, shared.state, hosted_tree)
     rules = HostedRules()
     set_hosted_rules(rules, settings)
-    hosted_store, bucket_probes = build_hosted_store(
+    hosted = build_hosted_storage(
         reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser, rules, fleet
     )
     audit = AuditLog.open(reactor, str(settings.state_dir))
     hosted_app = HostedRegistryApp(
-        api, HostedRegistry(hosted_store, parser, audit, rules), access_control, audit, rules
+        api, HostedRegistry(hosted.store, parser, audit, rules), access_control, audit, rules
     )
     metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
-    probes = [*build_write_probes(reactor, shared.state, disk), *bucket_probes]
+    probes = [*build_write_probes(reactor, shared.state, disk), *hosted.probes]
     ready_handler = partial(handle_ready, lambda: probes[:1] if rules.read_only else probes)
     pulls = PullGatherer(reactor, shared.record_pulls) if settings.pull_history else None
     if pulls is not None:
@@ -362,7 +381,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         login.guard(handle_mirror),
         registries.hosted_names,
         registries.mirrored,
-        hosted_store.has_repository,
+        hosted.store.has_repository,
     )
     viewing = build_viewing(
         reactor,
@@ -435,7 +454,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         hosted_app,
         login,
         certificates,
-        hosted_store,
+        hosted,
         hosted_tree,
         disk,
         audit,
@@ -454,6 +473,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
             shared.silent_servers.places,
             *pull_through.blobs.downloads.bounds,
             *disk_bounds,
+            *hosted.bounds,
         ],
         shared.state,
         connectors.agent,
@@ -708,7 +728,7 @@ def download_limits(settings: Settings) -> DownloadLimits:
     return DownloadLimits.derive(settings.cache_max_size, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def build_hosted_store(
+def build_hosted_storage(
     reactor: Any,
     settings: Settings,
     shared: SharedServices,
@@ -719,11 +739,11 @@ def build_hosted_store(
     parser: ContentParser,
     rules: HostedRules,
     fleet: Fleet | None,
-) -> tuple[HostedStore, Sequence[StoreProbe]]:
+) -> HostedStorage:
     """Build the storage of the hosted registry: the bucket of REGISTRY_STORE with its probe, or else REGISTRY_DIR."""
     local = LocalHostedStore.from_tree(reactor, disk, tree, parser, shared.state.registry_secret, time.time)
     if settings.registry_store is None:
-        return local, ()
+        return HostedStorage(local, disk, shared.state.registry)
     # Only here, because it loads botocore.
     from dockerproxy.bucket import assembly
 
@@ -733,7 +753,13 @@ def build_hosted_store(
     store = assembly.open_store(
         reactor, bucket, cache, shared.cache_space, records, limits, local.uploads, parser, own_name
     )
-    return store, [assembly.probe_bucket(reactor, bucket, lambda: rules.read_only)]
+    probe = assembly.probe_bucket(reactor, bucket, lambda: rules.read_only)
+    # It may hang as a file system of another machine may.
+    bucket_disk = NetworkDisk.start(reactor, "REGISTRY_STORE", "an object store")
+    open_reader, open_walker = assembly.open_trees(reactor, bucket)
+    return HostedStorage(
+        store, bucket_disk, assembly.TREE_LAYOUT, open_reader, open_walker, [probe], bucket_disk.bounds
+    )
 
 
 def configure_logins(logins: SharedLogins, settings: Settings) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -25,7 +26,10 @@ from twisted.python.failure import Failure
 
 from dockerproxy.app import ThreadPools, build_connectors, build_silent_servers, open_upstream_tls
 from dockerproxy.bucket.assembly import NoCredentials, boot_time, open_bucket
+from dockerproxy.bucket.bucket_check import check_bucket
+from dockerproxy.bucket.bucket_import import import_into_bucket
 from dockerproxy.bucket.gc_collector import GRACE_PERIOD, GCOptions, GCRefused, collect
+from dockerproxy.bucket.manifest_writer import ManifestWriter
 from dockerproxy.bucket.s3 import S3Bucket
 from dockerproxy.errors import RegistryError
 from dockerproxy.operations import (
@@ -35,8 +39,11 @@ from dockerproxy.operations import (
     default_memory_limit,
     limit_resources,
     run,
+    send_finding,
+    send_skipped,
 )
 from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress
 from dockerproxy.store.sweep import RemovedItem
 
@@ -64,7 +71,25 @@ async def collect_garbage(
     return await collect(reactor, bucket, options, Progress(daemon.report, send_item), boot_time)
 
 
-OPERATIONS: Mapping[str, BucketOperation] = {"gc": collect_garbage}
+async def check(daemon: Daemon, reactor: Any, bucket: S3Bucket, *, links: bool = True, sparse: bool = False) -> Any:
+    """Run ``check``. With `sparse`, indexes may lack manifests. There is no check without the links of a bucket."""
+    progress = Progress(daemon.report, partial(send_finding, daemon))
+    return await check_bucket(reactor, bucket, progress, sparse=sparse)
+
+
+async def import_directory(
+    daemon: Daemon, reactor: Any, bucket: S3Bucket, *, directory: str, force: bool = False
+) -> Any:
+    """Run ``import``."""
+    progress = Progress(daemon.report, partial(send_skipped, daemon))
+    staging = Layout(Settings.from_environment(os.environ).registry_dir).staging
+    writer = ManifestWriter.of(reactor, bucket, boot_time)
+    await writer.view.look()
+    writer.view.start()
+    return await import_into_bucket(reactor, writer, Path(directory), staging, progress, force=force)
+
+
+OPERATIONS: Mapping[str, BucketOperation] = {"gc": collect_garbage, "import": import_directory, "check": check}
 
 
 def run_on_bucket(operation: BucketOperation, options: Mapping[str, Any], daemon: Daemon) -> Any:

@@ -33,7 +33,8 @@ import attrs
 from dockerproxy.store.importer import NotARegistry, Skipped, import_registry
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, Stopped
-from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.repository_check import Finding
+from dockerproxy.store.scrub import scrub
 from dockerproxy.store.sweep import GRACE_PERIOD, InvalidGracePeriod, RemovedItem, sweep
 from dockerproxy.store.tree_reader import UnsafeFile
 
@@ -133,24 +134,28 @@ def collect_garbage(
     )
 
 
+def send_skipped(daemon: Daemon, item: Skipped) -> None:
+    """Send what an import has left out."""
+    daemon.send("finding", kind=item.kind, what=item.message)
+
+
+def send_finding(daemon: Daemon, item: Finding) -> None:
+    """Send what a check has found."""
+    digest = None if item.digest is None else str(item.digest)
+    daemon.send("finding", kind=item.kind, what=item.message, repository=item.repository, digest=digest)
+
+
 def import_directory(daemon: Daemon, root: str, *, directory: str, force: bool = False) -> Any:
     """Run ``import``."""
 
-    def send_item(item: Skipped) -> None:
-        daemon.send("finding", kind=item.kind, what=item.message)
-
-    progress = Progress(daemon.report, send_item)
+    progress = Progress(daemon.report, partial(send_skipped, daemon))
     return import_registry(Layout(Path(root)), Path(directory), force=force, progress=progress, lock=daemon.lock)
 
 
 def check(daemon: Daemon, root: str, *, links: bool, sparse: bool = False) -> Any:
     """Run ``check``. Check the repositories if `links` is true. With `sparse`, indexes may lack manifests."""
 
-    def send_item(item: Finding) -> None:
-        digest = None if item.digest is None else str(item.digest)
-        daemon.send("finding", kind=item.kind, what=item.message, repository=item.repository, digest=digest)
-
-    progress = Progress(daemon.report, send_item)
+    progress = Progress(daemon.report, partial(send_finding, daemon))
     return scrub(Layout(Path(root)), check_links=links, sparse=sparse, progress=progress, lock=daemon.lock)
 
 

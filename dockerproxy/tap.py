@@ -190,13 +190,13 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     )
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
-    stores = store_views(settings, state)
+    stores = store_views(state, server)
     sources = OverviewSources(idle_age=tombstones.get_last_idle, problems=partial(describe_outages, registry_states))
     overview = build_overview(reactor, settings, stores, state, server, shared, history, pull_history, sources)
     shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     if server.fleet is not None:
         server.fleet.prefer_owned(cache_space.index, time.time)
-    reactor.callWhenRunning(lambda: spawn(server.hosted_store.take_over(), "taking over REGISTRY_STORE"))
+    reactor.callWhenRunning(lambda: spawn(server.hosted.store.take_over(), "taking over REGISTRY_STORE"))
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
@@ -243,8 +243,8 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     resolver = ImageResolver(stores, frozenset(settings.registry_hostname))
     deleter = Deleter(
         reactor,
-        server.registry_disk,
-        server.hosted_tree,
+        server.hosted.disk,
+        server.hosted.store,
         cache_space,
         state.open_records(),
         server.audit,
@@ -259,7 +259,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         from dockerproxy.admin.image_actions import ImageActions
 
         root = hosted_root(settings, state)
-        return ImageActions(reactor, resolver, deleter, operations, server.registry_disk, root, pulls.pulls)
+        return ImageActions(reactor, resolver, deleter, operations, server.hosted.disk, root, pulls.pulls)
 
     explainer = partial(load_explainer, settings, state, server, tombstones, pull_history)
     shared_state.page_desk = build_page_desk(reactor, sessions, load_actions, explainer)
@@ -290,7 +290,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
             cache_space,
             operations,
             server.hosted_app.rules,
-            server.registry_disk,
+            server.hosted.disk,
             shared_state.ended_logins,
             report,
             partial(daemon_facts, server, workers.supervisor, listener_service, authority),

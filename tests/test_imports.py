@@ -60,9 +60,9 @@ COMPOSITION_ROOTS = {
     "tap",
     "app",
     "viewing",
+    "bucket_operations",
     "answers",
     "workers.process",
-    "bucket_operations",
 }  # they build the daemon and may import every part
 ENTRY_POINTS = {"tap"}  # the modules that twistd loads first
 ALLOWED_EVERYWHERE = {

@@ -189,13 +189,10 @@ class Control:
                 arguments = await _parse_arguments(request, COLLECT)
                 await self._run_operation(request, "gc", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/import":
-                self._require_directory("import")
                 arguments = await _parse_arguments(request, IMPORT, "directory")
                 await self._run_operation(request, "import", {"root": self._root(HOSTED), **arguments}, response)
             case "POST", "/v1/check":
                 arguments = await _parse_arguments(request, CHECK)
-                if not arguments.get("cached", False):
-                    self._require_directory("check")
                 await self._check(request, CACHED if arguments.get("cached", False) else HOSTED, response)
             case _:
                 raise ControlError(
@@ -203,15 +200,6 @@ class Control:
                     "UNSUPPORTED",
                     f"this daemon does not support {request.method} {request.path}; is the command of another version?",
                 )
-
-    def _require_directory(self, command: str) -> None:
-        """Raise `ControlError` if the hosted registry is in a bucket, on which `command` does not work."""
-        if all(store.kind != HOSTED for store in self._resolver.stores):
-            raise ControlError(
-                400,
-                "NOT_UNDERSTOOD",
-                f"{command} works on REGISTRY_DIR, and the hosted registry is in the bucket of REGISTRY_STORE",
-            )
 
     async def status(self) -> dict[str, Any]:
         """Return the state of the daemon as a JSON value."""
@@ -225,7 +213,8 @@ class Control:
         }
 
     async def _storages(self) -> dict[str, Any]:
-        storages = {store.kind: await self._storage_info(store) for store in self._resolver.stores}
+        on_disk = (store for store in self._resolver.stores if self._bucket is None or store.kind != HOSTED)
+        storages = {store.kind: await self._storage_info(store) for store in on_disk}
         if self._bucket is None:
             return storages
         bucket: dict[str, Any] = {"directory": self._bucket.place, "file_system": None, "free": None}
@@ -258,9 +247,9 @@ class Control:
                 response.send_all(event, [{**row, **more(row)} for row in batch])
                 await response.drain()
 
-        kind = query.get("where")
+        kind, resolver = query.get("where"), self._resolver.snapshot()
         if "name" in query:
-            ref = await self._in_thread(kind, self._resolver.resolve, query["name"], kind)
+            ref = await self._in_thread(kind, resolver.resolve, query["name"], kind)
             await stream_rows(ref.store, "manifest", inventory.list_manifests(ref))
             response.finish(where=ref.store.kind, name=ref.name)
         else:
@@ -270,7 +259,7 @@ class Control:
                 name = row["name"] if row["where"] == CACHED else f"hosted/{row['name']}"
                 return {"pulls": pulls.get(name, 0) if pulls else None}
 
-            for store in self._resolver.stores:
+            for store in resolver.stores:
                 if kind in (None, store.kind):
                     rows = inventory.list_repositories(store, query.get("match"))
                     await stream_rows(store, "repository", rows, count_pulls)
@@ -278,7 +267,7 @@ class Control:
 
     async def _names(self, request: Request, query: dict[str, str]) -> None:
         kind = query.get("where")
-        names = await self._in_thread(kind, self._resolver.complete, query.get("prefix", ""), kind)
+        names = await self._in_thread(kind, self._resolver.snapshot().complete, query.get("prefix", ""), kind)
         request.respond(200, JSON_FIELDS, json.dumps({"names": names}).encode())
 
     async def _in_thread(self, kind: str | None, function: Callable[..., T], *args: object) -> T:
@@ -300,7 +289,8 @@ class Control:
         principal = await self._principal(request)
         kind = arguments.get("where")
         # Resolve and check all names first, so that a wrong one changes nothing.
-        refs = [await self._in_thread(kind, self._resolver.resolve, name, kind) for name in arguments["names"]]
+        resolver = self._resolver.snapshot()
+        refs = [await self._in_thread(kind, resolver.resolve, name, kind) for name in arguments["names"]]
         for ref in refs:
             reason = None if arguments.get("force", False) else await self._deleter.reason_to_keep(ref)
             if reason is not None:

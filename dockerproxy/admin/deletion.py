@@ -17,11 +17,11 @@ from dockerproxy.admin.resolver import HOSTED, ImageRef
 from dockerproxy.cache.space import CacheSpaceManager
 from dockerproxy.concurrency import in_thread, shield
 from dockerproxy.errors import RegistryError
-from dockerproxy.oci.names import Digest
+from dockerproxy.oci.names import Digest, Repository, parse_tag
 from dockerproxy.registry.audit import AuditLog
+from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.registry.principal import Principal
 from dockerproxy.store.disk_access import DiskAccess
-from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.needs import find_needs
 from dockerproxy.store.records import Records
 
@@ -40,14 +40,14 @@ class DeletionResult:
 
 @frozen
 class Deleter:
-    """Deletes images from both stores. `disk` accesses the hosted one; `records` are the cache's.
+    """Deletes images from both stores. `disk` reads the hosted one; `records` are the cache's.
 
     `is_pinned` says whether a tag or digest of a cached repository, or anything of it, is pinned.
     """
 
     _reactor: Any
     _disk: DiskAccess
-    _hosted_store: HostedTree
+    _hosted_store: HostedStore
     _space: CacheSpaceManager
     _records: Records
     _audit: AuditLog
@@ -80,27 +80,17 @@ class Deleter:
         return f"{ref} has pinned images; unpin them first" if name is None else f"{ref} is pinned; unpin it first"
 
     def _find_tag_that_needs(self, ref: ImageRef) -> str | None:
-        needs = find_needs(self._hosted_store.layout, self._hosted_store.links, ref.repository)
+        needs = find_needs(ref.store.contents, ref.store.links, ref.repository)
         return next((need.tag for need in needs if need.digest == ref.digest), None)
 
     # Hosted.
 
     async def _delete_hosted(self, ref: ImageRef) -> DeletionResult:
-        async with self._hosted_store.locks.hold(ref.repository):
-            return await self._disk.run(self._unlink_hosted, ref)
-
-    def _unlink_hosted(self, ref: ImageRef) -> DeletionResult:
-        store, repository = self._hosted_store, ref.repository
+        repository = Repository(ref.repository)  # the store has it, whatever another registry named it
         if ref.tag is not None:
-            return DeletionResult(tags=int(store.links.remove_tag(repository, ref.tag)))
-        tags = manifests = 0
-        for tag, digest in store.links.iter_tags(repository):
-            if ref.digest in (None, digest):
-                tags += store.links.remove_tag(repository, tag)
-        for digest in store.links.manifests(repository):
-            if ref.digest in (None, digest):
-                manifests += store.remove_manifest(repository, digest)
-        return DeletionResult(tags, manifests)
+            return DeletionResult(tags=int(await self._hosted_store.remove_tag(repository, parse_tag(ref.tag))))
+        removed = await self._hosted_store.remove_images(repository, ref.digest)
+        return DeletionResult(removed.tags, removed.manifests)
 
     # Cached.
 
@@ -143,7 +133,7 @@ class _DeletionPlan:
     def compute(cls, ref: ImageRef) -> _DeletionPlan:
         """Return the plan for `ref`. Blocks."""
         plan = cls(ref)
-        plan.sizes = {digest: ref.store.blobs.size(digest) for digest in plan._find_objects()}
+        plan.sizes = {digest: ref.store.contents.size(digest) for digest in plan._find_objects()}
         return plan
 
     def _find_objects(self) -> set[Digest]:

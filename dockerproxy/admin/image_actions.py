@@ -69,12 +69,8 @@ class ImageActions:
     async def _remove(self, principal: Principal, name: str, where: str) -> str:
         if where not in (HOSTED, CACHED):
             raise BadRequest("an image is hosted or cached")
-        if where == HOSTED and self._hosted_root.startswith("s3://"):
-            raise Denied(
-                "the hosted registry is in the bucket of REGISTRY_STORE: remove its images by the registry's API"
-            )
         try:
-            ref = await self._in_store(where, self._resolver.resolve, name, where)
+            ref = await self._in_store(where, self._resolver.snapshot().resolve, name, where)
         except NotFound:
             return "gone"
         except InvalidArgument as error:

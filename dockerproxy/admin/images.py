@@ -19,7 +19,6 @@ from dockerproxy.oci.platforms import index_platforms
 from dockerproxy.store.links import Visibility
 from dockerproxy.store.needs import read_references
 from dockerproxy.store.references import References
-from dockerproxy.store.tree_reader import read_small
 
 TAGS_PER_PAGE = 50
 """Tags of one answer."""
@@ -49,11 +48,17 @@ class ImageReader:
 
     def tags(self, page: int) -> TagPage:
         """Return a page of the tags, in their order."""
-        names = self.view.store.links.tags(self.view.key)
-        visible = [(tag, digest) for tag, digest in self._targets(names) if self.view.sees_tag(tag, digest)]
+        store = self.view.store
+        names = store.links.tags(self.view.key)
         start = (page - 1) * TAGS_PER_PAGE
-        rows = [self._describe_tag(tag, digest) for tag, digest in visible[start : start + TAGS_PER_PAGE]]
-        return TagPage(rows, len(visible))
+        if store.kind != CACHED:  # all of them may be seen, so only those that are shown are read
+            shown = names[start : start + TAGS_PER_PAGE]
+            targets = [target for target in self._targets(shown) if self.view.sees_tag(*target)]
+            count = len(names) - (len(shown) - len(targets))
+        else:
+            visible = [target for target in self._targets(names) if self.view.sees_tag(*target)]
+            targets, count = visible[start : start + TAGS_PER_PAGE], len(visible)
+        return TagPage(list(store.reader.map(self._describe_tag, targets)), count)
 
     def manifest(self, digest: Digest) -> dict[str, Any]:
         """Return the parts of a manifest as a JSON value. Raise `NameUnknown` if the viewer may not see it."""
@@ -61,7 +66,7 @@ class ImageReader:
         if not self.view.sees_manifest(digest):
             raise NameUnknown(f"there is no manifest {digest} here")
         media_type = store.links.manifest_media_type(self.view.key, digest)
-        content = read_small(store.layout.blob(digest), MAX_SHOWN_MANIFEST + 1) or b""
+        content = store.contents.read(digest, MAX_SHOWN_MANIFEST + 1) or b""
         manifest = Manifest(media_type or "")
         if len(content) <= MAX_SHOWN_MANIFEST:
             with suppress(ManifestInvalid):
@@ -82,13 +87,12 @@ class ImageReader:
         }
 
     def _targets(self, names: list[str]) -> Iterator[tuple[str, Digest]]:
-        for tag in names:
-            digest = self.view.store.links.tag(self.view.key, tag)
+        for tag, digest in self.view.store.links.targets(self.view.key, names):
             if digest is not None:
                 yield tag, digest
 
-    def _describe_tag(self, tag: str, digest: Digest) -> dict[str, Any]:
-        store, key = self.view.store, self.view.key
+    def _describe_tag(self, item: tuple[str, Digest]) -> dict[str, Any]:
+        (tag, digest), store, key = item, self.view.store, self.view.key
         usage = DiskUsage(store)
         usage.add([digest])
         last_used, is_present = usage.last_used, bool(usage.sizes)
@@ -117,7 +121,7 @@ class ImageReader:
             known, store = References(), self.view.store
             has_room = len(self._read) < _MAX_MANIFESTS and self._objects < _MAX_OBJECTS
             if has_room and self.view.sees_manifest(digest):
-                known = read_references(store.layout, store.links, self.view.key, digest, MAX_SHOWN_MANIFEST)
+                known = read_references(store.contents, store.links, self.view.key, digest, MAX_SHOWN_MANIFEST)
             self._read[digest] = known
             self._objects += len(known.objects)
         return known
@@ -131,7 +135,7 @@ class ImageReader:
 
     def _describe_layer(self, layer: Descriptor) -> dict[str, Any]:
         # A blob of another repository does not count: its presence here is not this repository's to tell.
-        present = self.view.sees_layer(layer.digest) and self.view.store.blobs.exists(layer.digest)
+        present = self.view.sees_layer(layer.digest) and self.view.store.contents.exists(layer.digest)
         return {"digest": str(layer.digest), "size": layer.size, "present": present}
 
 

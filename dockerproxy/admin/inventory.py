@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageRef, StoreView
@@ -15,7 +15,6 @@ from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.needs import find_needs, read_references
 from dockerproxy.store.references import References
-from dockerproxy.store.tree_reader import read_small
 
 Row = dict[str, Any]
 
@@ -25,26 +24,32 @@ def list_repositories(store: StoreView, pattern: str | None = None) -> Iterator[
 
     ``nginx*`` matches the names that docker shows, without the host of Docker Hub, and ``*/nginx*`` all full names.
     """
-    for name, repository in sorted((store.shown(repository), repository) for repository in store.links.repositories()):
-        if pattern is not None and not _matches(name, pattern):
-            continue
-        manifests = list(store.links.manifests(repository))
-        tags = len(store.links.tags(repository))
-        usage = DiskUsage(store)
-        usage.add(manifests)
-        last_used = usage.last_used
-        usage.add(store.links.layers(repository))
-        # Skip empty repositories: the cache keeps links to evicted blobs, and the hosted store empty directories.
-        if usage.sizes or (store.kind == HOSTED and (tags or manifests)):
-            yield {
-                "where": store.kind,
-                "name": name,
-                "tags": tags,
-                "manifests": sum(digest in usage.sizes for digest in manifests),
-                "platforms": _platforms(store, repository, filter(usage.sizes.__contains__, manifests)),
-                "size": sum(usage.sizes.values()),
-                "last_used": last_used or usage.last_used,
-            }
+    names = sorted((store.shown(repository), repository) for repository in store.links.repositories())
+    matches = (names for names in names if pattern is None or _matches(names[0], pattern))
+    yield from filter(None, store.reader.map(partial(_repository_row, store), matches))
+
+
+def _repository_row(store: StoreView, names: tuple[str, str]) -> Row | None:
+    """Return the row of a repository, given as it is shown and as it is stored. Return None if it is empty."""
+    name, repository = names
+    manifests = list(store.links.manifests(repository))
+    tags = len(store.links.tags(repository))
+    usage = DiskUsage(store)
+    usage.add(manifests)
+    last_used = usage.last_used
+    usage.add(store.links.layers(repository))
+    # Empty ones: the cache keeps links to evicted blobs, and the hosted store empty directories.
+    if not usage.sizes and not (store.kind == HOSTED and (tags or manifests)):
+        return None
+    return {
+        "where": store.kind,
+        "name": name,
+        "tags": tags,
+        "manifests": sum(digest in usage.sizes for digest in manifests),
+        "platforms": _platforms(store, repository, filter(usage.sizes.__contains__, manifests)),
+        "size": sum(usage.sizes.values()),
+        "last_used": last_used or usage.last_used,
+    }
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -53,12 +58,11 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _platforms(store: StoreView, repository: str, manifests: Iterable[Digest]) -> list[str]:
     """Return the platforms of `manifests`, each once, in order."""
-    platforms = {
-        platform
-        for digest in manifests
-        for platform in store.platforms.read(digest, partial(store.links.manifest_media_type, repository, digest))
-    }
-    return sorted(platforms)
+
+    def read(digest: Digest) -> Iterable[str]:
+        return store.platforms.read(digest, partial(store.links.manifest_media_type, repository, digest))
+
+    return sorted(set(chain.from_iterable(store.reader.map(read, manifests))))
 
 
 def list_manifests(ref: ImageRef) -> Iterator[Row]:
@@ -68,41 +72,48 @@ def list_manifests(ref: ImageRef) -> Iterator[Row]:
     "of v1" if it is a part of an index, "signs v1" if it refers to what the tag leads to.
     """
     store, repository = ref.store, ref.repository
-    tagged_digests: dict[Digest, str] = {}
-    for tag in store.links.tags(repository):
-        digest = store.links.tag(repository, tag)
-        if digest is None:
-            continue
-        tagged_digests.setdefault(digest, tag)
-        if ref.tag in (None, tag) and ref.digest in (None, digest):
-            yield from _manifest_row(ref, tag, digest, None)
+    tags = store.links.tags(repository) if ref.tag is None else [ref.tag]
+    targets = {tag: digest for tag, digest in store.links.targets(repository, tags) if digest is not None}
+    shown = ((tag, digest) for tag, digest in targets.items() if ref.digest in (None, digest))
+    yield from filter(None, store.reader.map(lambda item: _manifest_row(ref, *item, None), shown))
     if ref.tag is not None:
         return
+    tagged_digests: dict[Digest, str] = {}
+    for tag, digest in targets.items():
+        tagged_digests.setdefault(digest, tag)
     needs: dict[Digest, str] = {}
-    for need in find_needs(store.layout, store.links, repository):
+    for need in find_needs(store.contents, store.links, repository):
         needs.setdefault(need.digest, need.tag)
-    for digest in store.links.manifests(repository):
-        if digest not in tagged_digests and ref.digest in (None, digest):
-            needed_by = f"of {needs[digest]}" if digest in needs else None
-            subject = read_references(store.layout, store.links, repository, digest).subject
-            if needed_by is None and subject is not None:
-                signed = tagged_digests.get(subject, needs.get(subject))
-                needed_by = None if signed is None else f"signs {signed}"
-            yield from _manifest_row(ref, None, digest, needed_by)
+
+    def describe(digest: Digest) -> Row | None:
+        needed_by = f"of {needs[digest]}" if digest in needs else None
+        subject = read_references(store.contents, store.links, repository, digest).subject
+        if needed_by is None and subject is not None:
+            signed = tagged_digests.get(subject, needs.get(subject))
+            needed_by = None if signed is None else f"signs {signed}"
+        return _manifest_row(ref, None, digest, needed_by)
+
+    untagged = (
+        digest
+        for digest in store.links.manifests(repository)
+        if digest not in tagged_digests and ref.digest in (None, digest)
+    )
+    yield from filter(None, store.reader.map(describe, untagged))
 
 
-def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None) -> Iterator[Row]:
+def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str | None) -> Row | None:
+    """Return the row of a manifest; None if it was evicted."""
     store = ref.store
     usage = DiskUsage(store)
     usage.add([digest])
     last_used = usage.last_used
     if not usage.sizes and store.kind == CACHED:
-        return  # the manifest was evicted
+        return None
     closure = Closure(store, ref.repository)
     closure.reach([digest])
     usage.add(closure.manifests | closure.blobs)
     media_type = store.links.manifest_media_type(ref.repository, digest)
-    yield {
+    return {
         "tag": tag,
         "needed_by": needed_by,
         "digest": str(digest),
@@ -115,7 +126,7 @@ def _manifest_row(ref: ImageRef, tag: str | None, digest: Digest, needed_by: str
 
 def _media_type_in_content(store: StoreView, digest: Digest) -> str | None:
     try:
-        return media_type_of(read_small(store.layout.blob(digest), MAX_MANIFEST) or b"")
+        return media_type_of(store.contents.read(digest, MAX_MANIFEST) or b"")
     except ManifestInvalid:
         return None
 
@@ -152,10 +163,10 @@ class Closure:
             )
 
     def _has_blob(self, digest: Digest) -> bool:
-        return self._store.links.has_layer(self._repository, digest) or self._store.blobs.exists(digest)
+        return self._store.links.has_layer(self._repository, digest) or self._store.contents.exists(digest)
 
     def _read(self, digest: Digest) -> References:
-        return read_references(self._store.layout, self._store.links, self._repository, digest)
+        return read_references(self._store.contents, self._store.links, self._repository, digest)
 
 
 class DiskUsage:
@@ -168,11 +179,8 @@ class DiskUsage:
 
     def add(self, digests: Iterable[Digest]) -> None:
         """Add the blobs of `digests`, ignoring missing ones. Blocks."""
-        for digest in digests:
-            if digest not in self.sizes:
-                try:
-                    status = os.stat(self._store.layout.blob(digest))
-                except (FileNotFoundError, NotADirectoryError):
-                    continue
+        added = [digest for digest in digests if digest not in self.sizes]
+        for digest, status in zip(added, self._store.contents.map(self._store.contents.status, added), strict=True):
+            if status is not None:
                 self.sizes[digest] = status.st_size
                 self.last_used = max(self.last_used or 0.0, status.st_mtime)

@@ -286,11 +286,11 @@ class LocalOverview:
             self._next_renewal = self._reactor.seconds() + _RENEW_INTERVAL
             spawn(self.renew(), "reading the list of repositories")
 
-    async def renew(self) -> None:
+    async def renew(self, *, somebody_looks: bool = True) -> None:
         """Walk the repositories. Return early if the daemon stops."""
         started = self._reactor.seconds()
         try:
-            await self._summaries.renew()
+            await self._summaries.renew(somebody_looks=somebody_looks)
         except Stopped:
             return
         ended = self._reactor.seconds()
@@ -319,7 +319,7 @@ class LocalOverview:
         return document
 
     def _reader(self, viewer: Viewer, row: RepositorySummary) -> ImageReader:
-        return ImageReader(RepositoryView.of(viewer, self._stores[row.where], row.key, self._records))
+        return ImageReader(RepositoryView.of(viewer, self._stores[row.where].snapshot(), row.key, self._records))
 
     async def _find(self, viewer: Viewer, arguments: Mapping[str, str]) -> ShownRepository:
         name, where = arguments.get("name", ""), parse_choice(arguments, "where", ("", HOSTED, CACHED), "")

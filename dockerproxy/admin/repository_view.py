@@ -19,7 +19,6 @@ from dockerproxy.oci.platforms import index_platforms
 from dockerproxy.store.links import Visibility
 from dockerproxy.store.platforms import manifest_platforms
 from dockerproxy.store.records import Records
-from dockerproxy.store.tree_reader import read_small
 
 MAX_SHOWN_MANIFEST = 256 * 1024
 """Bytes of a manifest that is read to show it. A longer one would keep requests waiting while it is parsed."""
@@ -70,18 +69,18 @@ class RepositoryView:
 
     def has_manifest(self, digest: Digest) -> bool:
         """Return whether the content of the manifest is here, as far as the viewer may know it."""
-        return self.sees_manifest(digest) and self.store.blobs.exists(digest)
+        return self.sees_manifest(digest) and self.store.contents.exists(digest)
 
     def platforms(self, digest: Digest) -> list[str]:
         """Return the platforms of an image or index, of an index only those whose manifests are here."""
         media_type = self.store.links.manifest_media_type(self.key, digest)
-        if (self.store.blobs.size(digest) or 0) > MAX_SHOWN_MANIFEST:
+        if (self.store.contents.size(digest) or 0) > MAX_SHOWN_MANIFEST:
             return []
         if media_type not in INDEX_TYPES and self.sees_all:
             return list(self.store.platforms.read(digest, lambda: media_type))
         if media_type not in INDEX_TYPES:
-            return list(manifest_platforms(self.store.layout, digest, media_type, self.sees_content))
-        children = index_platforms(read_small(self.store.layout.blob(digest), MAX_SHOWN_MANIFEST) or b"")
+            return list(manifest_platforms(self.store.contents, digest, media_type, self.sees_content))
+        children = index_platforms(self.store.contents.read(digest, MAX_SHOWN_MANIFEST) or b"")
         present = (platform for child, platform in children.items() if self.has_manifest(child))
         return list(dict.fromkeys(present))
 

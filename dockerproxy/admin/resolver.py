@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from dockerproxy.errors import DigestInvalid, NameInvalid
 from dockerproxy.oci.docker_hub import names_host, short_name, shown_name, stored_name
 from dockerproxy.oci.names import Digest
-from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.contents import Contents
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
-from dockerproxy.store.platforms import PlatformReader
+from dockerproxy.store.platforms import KnownPlatforms, PlatformReader
+from dockerproxy.store.tree_reader import TreeReader
 
 HOSTED, CACHED = "hosted", "cached"
 
@@ -37,25 +38,39 @@ class NotFound(Exception):
 
 @frozen
 class StoreView:
-    """One of the two stores. `kind` is ``hosted`` or ``cached``; cached repositories begin with the registry's host."""
+    """One of the two stores. `kind` is ``hosted`` or ``cached``; cached repositories begin with the registry's host.
+
+    `open_reader` returns what reads the store: its directory, or a bucket.
+    """
 
     kind: str
     layout: Layout
-    blobs: Blobs = field(init=False)
+    _open_reader: Callable[[], TreeReader] = TreeReader
+    _known_platforms: KnownPlatforms = field(factory=dict)
+    reader: TreeReader = field(init=False)
+    contents: Contents = field(init=False)
     links: Links = field(init=False)
     platforms: PlatformReader = field(init=False)
 
-    @blobs.default
-    def _blobs(self) -> Blobs:
-        return Blobs(self.layout, durable=False)
+    @reader.default
+    def _make_reader(self) -> TreeReader:
+        return self._open_reader()
+
+    @contents.default
+    def _make_contents(self) -> Contents:
+        return Contents(self.layout, self.reader)
 
     @links.default
-    def _links(self) -> Links:
-        return Links(self.layout, durable=False)
+    def _make_links(self) -> Links:
+        return Links(self.layout, durable=False, reader=self.reader)
+
+    def snapshot(self) -> StoreView:
+        """Return a view for one answer: of what others have read, it knows the platforms only."""
+        return evolve(self)
 
     @platforms.default
     def _platforms(self) -> PlatformReader:
-        return PlatformReader(self.layout)
+        return PlatformReader(self.contents, self._known_platforms)
 
     def shown(self, repository: str) -> str:
         """Return the name of `repository` as people write it."""
@@ -106,6 +121,10 @@ class ImageResolver:
     stores: Sequence[StoreView]
     registry_hostnames: frozenset[str]
 
+    def snapshot(self) -> ImageResolver:
+        """Return a resolver for one answer; see `StoreView.snapshot`."""
+        return evolve(self, stores=[store.snapshot() for store in self.stores])
+
     def resolve(self, text: str, kind: str | None = None) -> ImageRef:
         """Return the image or repository that `text` names, in the store `kind` if given. Blocks.
 
@@ -144,16 +163,9 @@ class ImageResolver:
             return [f"{repository}:{name}" for name in self._tags(repository, kind) if name.startswith(tag)][
                 :_MAX_NAMES
             ]
-        names = (
-            (store, repository, name)
-            for store in self.stores
-            if kind in (None, store.kind)
-            for repository in sorted(store.links.repositories())
-            for name in dict.fromkeys(
-                (store.shown(repository), *([short_name(store.shown(repository))] if prefix else []))
-            )
+        found = (
+            name for store in self.stores if kind in (None, store.kind) for name in _complete_repository(store, prefix)
         )
-        found = (name for store, repository, name in names if name.startswith(prefix) and store.has_images(repository))
         return list(islice(dict.fromkeys(found), _MAX_NAMES))
 
     def _tags(self, path: str, kind: str | None) -> list[str]:
@@ -173,19 +185,34 @@ class ImageResolver:
             yield stored
 
     def _suggestions(self, path: str, tag: str | None, kind: str | None) -> list[str]:
-        names = [
-            store.shown(repository)
+        known = {
+            store.shown(repository): (store, repository)
             for store in self.stores
             if kind in (None, store.kind)
             for repository in store.links.repositories()
-            if store.has_repository(repository)
-        ]
+        }
         # Names that differ only by a prefix: a registry's host, or the address by which ours was reached.
-        longer_or_shorter = [name for name in names if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
-        by_form = {form: name for name in names for form in (name, short_name(name))}
+        longer_or_shorter = [name for name in known if name.endswith(f"/{path}") or path.endswith(f"/{name}")]
+        by_form = {form: name for name in known for form in (name, short_name(name))}
         similar = (by_form[form] for form in _close_matches(path, list(by_form)))
-        suggestions = dict.fromkeys((*longer_or_shorter, *similar))
-        return [name if tag is None else f"{name}:{tag}" for name in suggestions][:_MAX_SUGGESTIONS]
+        suggestions = (
+            name if tag is None else f"{name}:{tag}"
+            for name in dict.fromkeys((*longer_or_shorter, *similar))
+            if known[name][0].has_repository(known[name][1])
+        )
+        return list(islice(suggestions, _MAX_SUGGESTIONS))
+
+
+def _complete_repository(store: StoreView, prefix: str) -> Iterator[str]:
+    """Yield the names of repositories with images that begin with `prefix`, sorted, the shorter of two of them too."""
+    names = [
+        (repository, name)
+        for repository in sorted(store.links.repositories())
+        for name in dict.fromkeys((store.shown(repository), *([short_name(store.shown(repository))] if prefix else [])))
+        if name.startswith(prefix)
+    ]
+    has_images = store.reader.map(store.has_images, (repository for repository, _ in names))
+    return (name for (_, name), is_shown in zip(names, has_images, strict=True) if is_shown)
 
 
 def _close_matches(text: str, names: Sequence[str]) -> list[str]:

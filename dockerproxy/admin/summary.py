@@ -6,7 +6,6 @@ their manifests; a whole repository is read again once an hour, because eviction
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -155,6 +154,7 @@ class RepositoryReader:
 
     def __init__(self, store: StoreView, records: Records, clock: Callable[[], float]) -> None:
         self.store = store
+        self._snapshot = store  # that of the walk
         self._records = records
         self._clock = clock
 
@@ -162,7 +162,8 @@ class RepositoryReader:
         self, known: Mapping[str, RepositorySummary], found: dict[str, RepositorySummary], room: int
     ) -> Iterator[None]:
         """Put at most `room` repositories into `found`, by key. Reuse what is `known`. Each step blocks briefly."""
-        for key in self.store.links.repositories():
+        self._snapshot = self.store.snapshot()
+        for key in self._snapshot.links.repositories():
             if len(found) >= room:
                 log.warn("the list of repositories has room for {count}; others are not in it", count=MAX_REPOSITORIES)
                 return
@@ -173,7 +174,7 @@ class RepositoryReader:
                 row = RepositorySummary(self.store.kind, key, self.store.shown(key))
                 yield from self._read(row, is_public=is_public)
                 row.signature, row.read_at = signature, self._clock()
-            else:
+            elif self._snapshot.reader.records_use:
                 self._renew_times(row)
             # The cache keeps links to blobs that have left, and the hosted store empty directories.
             figures = row.figures
@@ -191,11 +192,11 @@ class RepositoryReader:
             row.public_figures = yield from self._figures(self._view(row, sees_all=False))
 
     def _view(self, row: RepositorySummary, *, sees_all: bool) -> RepositoryView:
-        return RepositoryView(self.store, row.key, self._records, sees_all)
+        return RepositoryView(self._snapshot, row.key, self._records, sees_all)
 
     def _has_private(self, key: str) -> Generator[None, None, bool]:
         """Return whether anything of a cached repository is private: a manifest, a blob, or the name of a tag."""
-        links, public = self.store.links, RepositoryView(self.store, key, self._records, sees_all=False)
+        links, public = self._snapshot.links, RepositoryView(self._snapshot, key, self._records, sees_all=False)
         found: tuple[Iterator[bool], ...] = (
             (not public.sees_manifest(digest) for digest in links.manifests(key)),
             (not public.sees_layer(digest) for digest in links.layers(key)),
@@ -209,8 +210,8 @@ class RepositoryReader:
         return False
 
     def _figures(self, view: RepositoryView) -> Generator[None, None, Figures]:
-        links, key, tags = self.store.links, view.key, 0
-        usage = DiskUsage(self.store)
+        links, key, tags = view.store.links, view.key, 0
+        usage = DiskUsage(view.store)
         for digest in self._seen_manifests(view):
             usage.add([digest])
             yield None
@@ -236,7 +237,7 @@ class RepositoryReader:
         return Figures(tags, manifests, sum(usage.sizes.values()), shown, last_used or usage.last_used)
 
     def _seen_manifests(self, view: RepositoryView) -> Iterator[Digest]:
-        manifests = self.store.links.manifests(view.key)
+        manifests = view.store.links.manifests(view.key)
         return manifests if view.sees_all else filter(view.sees_manifest, manifests)
 
     def _renew_times(self, row: RepositorySummary) -> None:
@@ -248,7 +249,7 @@ class RepositoryReader:
             row.public_figures = self._with_last_use(row.public_figures, self._view(row, sees_all=False))
 
     def _with_last_use(self, figures: Figures, view: RepositoryView) -> Figures:
-        usage = DiskUsage(self.store)
+        usage = DiskUsage(view.store)
         usage.add(islice(self._seen_manifests(view), _MAX_EXAMINED))
         if usage.last_used in (None, figures.last_used):
             return figures
@@ -257,19 +258,12 @@ class RepositoryReader:
     def _signature(self, key: str) -> Signature:
         layout = self.store.layout
         paths = (layout.tags(key), f"{layout.revisions(key)}/sha256", f"{layout.layers(key)}/sha256")
-        return tuple(map(_time_of_change, paths))
+        return tuple(map(self._snapshot.reader.change_time, paths))
 
 
 def _lifetime(row: RepositorySummary) -> float:
     """Return the seconds after which a repository is read again."""
     return _READ_AGAIN if row.public_figures is row.figures or not row.is_public else _READ_MIXED_AGAIN
-
-
-def _time_of_change(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _key_of(store: StoreView, name: str) -> str | None:
@@ -325,11 +319,16 @@ class Summaries:
         """End the walk after its current step, because the daemon stops."""
         self._thread.stop()
 
-    async def renew(self) -> None:
-        """Read the changes. Do nothing for a store that is being read already."""
+    async def renew(self, *, somebody_looks: bool = True) -> None:
+        """Read the changes. Do nothing for a store that is being read already.
+
+        Unless `somebody_looks`, a bucket is read only once, because its store may charge for requests.
+        """
         for reader in self._readers:
             kind = reader.store.kind
             if kind in self._running or (kind == HOSTED and self._is_in_hosted_store):
+                continue
+            if not somebody_looks and kind in self._renewed and not reader.store.reader.records_use:
                 continue
             self._running.add(kind)
             denials = await in_thread(self._reactor, self._records.changes, DENIAL)

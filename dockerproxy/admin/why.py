@@ -190,7 +190,7 @@ class Explainer:
         known = {root}
         while pending:
             kind, digest, size, of_platform = pending.popleft()
-            stored_size = ref.store.blobs.size(digest)
+            stored_size = ref.store.contents.size(digest)
             # A registry may send thousands of manifests with thousands of layers each, none of which would be shown.
             is_read = kind == "manifest" and stored_size is not None and len(known) <= _MAX_CONTENTS
             children = _children(self._read(ref, digest)) if is_read else []

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from dockerproxy.bucket.blocking_bucket import BlockingBucket, ReactorWait
 from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
 from dockerproxy.bucket.bucket_probe import probe_bucket
 from dockerproxy.bucket.bucket_reads import BucketClient, BucketReads
+from dockerproxy.bucket.bucket_tree import BucketTree, ReaderThreads
 from dockerproxy.bucket.kept_answers import KeptAnswers
+from dockerproxy.bucket.keys import LAYOUT as TREE_LAYOUT
 from dockerproxy.bucket.request_signer import NoCredentials, RequestSigner
 from dockerproxy.bucket.s3 import BucketAgent, S3Bucket
 from dockerproxy.bucket.start_probe import StartProbe
@@ -23,7 +27,17 @@ from dockerproxy.store.local_hosted_store import LocalUploads
 from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import ContentParser
 
-__all__ = ["NoCredentials", "StoreRefused", "boot_time", "open_bucket", "open_store", "probe_bucket", "probe_store"]
+__all__ = [
+    "TREE_LAYOUT",
+    "NoCredentials",
+    "StoreRefused",
+    "boot_time",
+    "open_bucket",
+    "open_store",
+    "open_trees",
+    "probe_bucket",
+    "probe_store",
+]
 
 
 def probe_store(
@@ -76,6 +90,12 @@ def open_store(
     store = BucketHostedStore.from_parts(reactor, bucket, reads, kept, parser, uploads, boot_time, own_name)
     reactor.callWhenRunning(store.start)
     return store
+
+
+def open_trees(reactor: Any, bucket: S3Bucket) -> tuple[Callable[[], BucketTree], Callable[[], BucketTree]]:
+    """Return the functions that open a `BucketTree` for threads of this process. That of the second `walks`."""
+    blocking, threads = BlockingBucket(bucket, ReactorWait(reactor)), ReaderThreads.start()
+    return partial(BucketTree, blocking, threads), partial(BucketTree, blocking, threads, walks=True)
 
 
 def boot_time() -> float:

@@ -11,30 +11,27 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, field
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.bucket import keys
 from dockerproxy.bucket.bucket_reads import BucketReads
 from dockerproxy.bucket.bucket_uploads import BucketUploads
-from dockerproxy.bucket.gc_runs import Times, catalog_entry, content_entry, link_entry, tag_entry
-from dockerproxy.bucket.gc_view import GCView, Published
 from dockerproxy.bucket.kept_answers import KeptAnswers
+from dockerproxy.bucket.manifest_writer import BucketContents, ManifestWriter
 from dockerproxy.bucket.s3 import ListedKey, S3Bucket
-from dockerproxy.bucket.store_errors import retry_after
 from dockerproxy.bucket.takeover import take_over
 from dockerproxy.concurrency import gather
 from dockerproxy.errors import (
     BlobUnknown,
     DigestInvalid,
-    ManifestBlobUnknown,
     ManifestInvalid,
     ManifestNeeded,
     StoreUnavailable,
     UpstreamError,
 )
-from dockerproxy.oci.content import Content, StoredManifest
+from dockerproxy.oci.content import Content, RemovedImages, StoredManifest
 from dockerproxy.oci.manifests import (
     INDEX_TYPES,
     KNOWN_TYPES,
@@ -48,13 +45,11 @@ from dockerproxy.oci.paging import NamePage, Page, sort_key, take_page
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.oci.referrers import Referrer, ReferrersPage, make_referrer
 from dockerproxy.store.local_hosted_store import LocalUploads
-from dockerproxy.store.referrers import format_referrer, matching_descriptor
+from dockerproxy.store.referrers import matching_descriptor
 from dockerproxy.thread_pool import ContentParser
 
 _AT_ONCE = 16  # requests that one request of a client sends to the store
-_MAX_WRITES = 5  # times that a manifest is written if it is deleted at the same time
 _MAX_LINK = 256  # bytes of a link, a subject or a media type
-_MAX_MISSING_LISTED = 10  # missing references that an error message lists
 _MAX_REFERRERS = 500  # per index, also if their type is not the requested one
 _MAX_REFERRERS_SIZE = 3 * 1024 * 1024  # bytes of descriptors per index: clients read 4 MiB of a manifest
 _MAX_DESCRIPTOR = 8 * 1024 * 1024
@@ -64,78 +59,17 @@ _MAX_KNOWN = 10_000
 log = Logger()
 
 
-@frozen
-class BucketContents:
-    """Writes contents and links, in the order in which they may be relied on.
-
-    A look at an object counts on it, so that a run of gc that has condemned it lets it stay.
-    """
-
-    _bucket: S3Bucket
-    _view: GCView
-
-    async def add_bytes(self, content: bytes, digest: Digest) -> None:
-        """Store `content`, which matches `digest`, as a blob."""
-        await self._view.settle([content_entry(digest)], self._view.current, set())
-        await self._bucket.put(keys.blob_key(digest), content)
-
-    async def add_file(self, fd: int, size: int, digest: Digest) -> None:
-        """Store the verified file `fd` as a blob, unless the blob is there."""
-        await self._view.settle([content_entry(digest)], self._view.current, set())
-        key = keys.blob_key(digest)
-        if await self._bucket.size(key) != size:
-            await self._bucket.put_file(key, fd, size, digest)
-
-    async def link_layer(self, repository: Repository, digest: Digest) -> None:
-        """Make a blob that is there a part of the repository."""
-        await self._view.settle([link_entry(repository, digest)], self._view.current, set())
-        await self._bucket.put(keys.layer_key(repository, digest), str(digest).encode())
-
-    async def size(self, repository: Repository, digest: Digest, published: Published | None = None) -> int | None:
-        """Return the size of a blob that the repository has, or None.
-
-        `published` has the entries that gc has condemned, if the caller has just looked.
-        """
-        if not await self.count_on(repository, digest, published):
-            return None
-        linked, size = await gather(
-            (self._bucket.size(key) for key in (keys.layer_key(repository, digest), keys.blob_key(digest))), 2
-        )
-        return size if linked is not None else None
-
-    async def has_reference(
-        self, repository: Repository, digest: Digest, published: Published | None = None, *, is_manifest: bool
-    ) -> bool:
-        """Return whether the repository has a blob, or a manifest if `is_manifest`, with its content."""
-        # BuildKit's cache is an index of blobs. A child may therefore be a blob too, as in CNCF distribution.
-        if is_manifest and await self.count_on(repository, digest, published):
-            if await self._bucket.size(keys.manifest_key(repository, digest)) is not None:
-                return await self._bucket.size(keys.blob_key(digest)) is not None
-        return await self.size(repository, digest, published) is not None
-
-    async def count_on(self, repository: Repository, digest: Digest, published: Published | None = None) -> bool:
-        """Keep a content and its link from gc. Return False if gc is deleting one of them at this moment."""
-        condemned = self._view.current if published is None else published
-        if condemned.is_empty:
-            return True
-        return await self._view.count_on([content_entry(digest), link_entry(repository, digest)], condemned)
-
-
 @define(eq=False)
 class BucketHostedStore:
-    """A `HostedStore` in a bucket. `reactor` gives the time for which a repository counts as known.
-
-    `boot_clock` gives the seconds since the machine started, with those for which it slept.
-    """
+    """A `HostedStore` in a bucket. `reactor` gives the time for which a repository counts as known."""
 
     _reactor: Any
     _bucket: S3Bucket
-    _view: GCView
-    _boot_clock: Callable[[], float]
     _reads: BucketReads
     _kept: KeptAnswers
     _parser: ContentParser
     _contents: BucketContents
+    _writer: ManifestWriter
     uploads: BucketUploads
     _known: BoundedDict[Repository, bool] = field(init=False)
     _indexed: BoundedDict[Repository, bool] = field(init=False)
@@ -161,14 +95,13 @@ class BucketHostedStore:
         own_name: Callable[[], str] | None = None,
     ) -> BucketHostedStore:
         """Return the store in `bucket`, with the sessions of `local_uploads`. `own_name` is as for `BucketUploads`."""
-        view = GCView(reactor, bucket, Times.scaled(bucket.location.time_scale))
-        contents = BucketContents(bucket, view)
-        uploads = BucketUploads(local_uploads, contents, own_name)
-        return cls(reactor, bucket, view, boot_clock, reads, kept, parser, contents, uploads)
+        writer = ManifestWriter.of(reactor, bucket, boot_clock)
+        uploads = BucketUploads(local_uploads, writer.contents, own_name)
+        return cls(reactor, bucket, reads, kept, parser, writer.contents, writer, uploads)
 
     def start(self) -> None:
         """Watch for garbage collection by any node from now on. Every process of a node calls this."""
-        self._view.start()
+        self._writer.view.start()
 
     async def take_over(self) -> None:
         """Complete the catalog of a bucket that another registry has written. One process of a node calls this."""
@@ -301,131 +234,73 @@ class BucketHostedStore:
     async def commit_manifest(
         self, repository: Repository, manifest: PushedManifest, tags: Sequence[Tag], *, sparse: bool = False
     ) -> None:
-        await self._check_references(repository, manifest, sparse, self._view.current)
-        digest = manifest.digest
-        entries = [content_entry(digest), link_entry(repository, digest), catalog_entry(repository)]
-        entries += [tag_entry(repository, tag) for tag in tags]
-        gone: set[tuple[int, str]] = set()
-        for _ in range(_MAX_WRITES):
-            began = self._boot_clock()
-            written = await self._write_manifest(repository, manifest)
-            # After the link was written: see `gc_runs`.
-            published = await self._view.look()
-            is_changed = await self._view.settle(entries, published, gone)
-            if not is_changed and await self._has_all(written):  # else a run that has ended by now has deleted it
-                break
-        else:
-            raise StoreUnavailable(
-                f"{repository}@{digest} was deleted {_MAX_WRITES} times while it was pushed; push again",
-                headers=retry_after(),
-            )
-        await self._check_references(repository, manifest, sparse, published)
-        self._check_time(began)
-        await gather((self._set_tag(repository, tag, digest) for tag in tags), _AT_ONCE)
-        self._check_time(began)
-        await self._reads.keep_manifest(manifest.content, digest)
-
-    def _check_time(self, began: float) -> None:
-        """Raise `StoreUnavailable` if gc may have looked for tags before ours was there."""
-        if self._boot_clock() - began > self._view.times.push:
-            raise StoreUnavailable(
-                f"{self._bucket.location} took more than {self._view.times.push:g} s to store the manifest; push again",
-                headers=retry_after(),
-            )
-
-    async def _write_manifest(self, repository: Repository, manifest: PushedManifest) -> list[str]:
-        """Write a manifest without tags, and return the keys. It is written even if it is there: its age counts."""
-        digest = manifest.digest
-        await self._bucket.put(keys.blob_key(digest), manifest.content)
-        notes = await self._write_notes(repository, digest, manifest.media_type, manifest.referrer)
-        await self._bucket.put(keys.manifest_key(repository, digest), str(digest).encode())
-        await self._bucket.put(keys.catalog_key(repository), b"")
-        return [*notes, keys.blob_key(digest), keys.manifest_key(repository, digest), keys.catalog_key(repository)]
-
-    async def _has_all(self, written: Sequence[str]) -> bool:
-        return None not in await gather(map(self._bucket.size, written), _AT_ONCE)
-
-    async def _set_tag(self, repository: Repository, tag: Tag, digest: Digest) -> None:
-        # Same order as distribution (tagstore.go, Tag): the current manifest is always in the index.
-        link = str(digest).encode()
-        await self._bucket.put(keys.tag_index_key(repository, tag, digest), link)
-        await self._bucket.put(keys.tag_key(repository, tag), link)
-
-    async def _write_notes(
-        self, repository: Repository, digest: Digest, media_type: str, referrer: Referrer | None
-    ) -> list[str]:
-        """Write the objects beside the link to a manifest, which comes last. Return their keys."""
-        objects = {
-            keys.media_type_key(repository, digest): media_type.encode(),
-            keys.subject_key(repository, digest): b"-" if referrer is None else str(referrer.subject).encode(),
-        }
-        if referrer is not None:
-            objects[keys.referrer_key(repository, referrer.subject, digest)] = format_referrer(referrer)
-        await gather((self._bucket.put(key, content) for key, content in objects.items()), _AT_ONCE)
-        return list(objects)
-
-    async def _check_references(
-        self, repository: Repository, manifest: PushedManifest, sparse: bool, published: Published
-    ) -> None:
-        """Count on the references of a manifest. Raise `ManifestBlobUnknown` if one is not there."""
-        required = [
-            (digest, is_manifest)
-            for digest, is_manifest in manifest.required_references()
-            if not (sparse and is_manifest)
-        ]
-        found = await gather(
-            (
-                self._contents.has_reference(repository, digest, published, is_manifest=is_manifest)
-                for digest, is_manifest in required
-            ),
-            _AT_ONCE,
-        )
-        if manifest.subject is not None:  # it may be missing, but if it is there, it stays
-            await self._contents.count_on(repository, manifest.subject, published)
-        missing = [str(digest) for (digest, _), is_here in zip(required, found, strict=True) if not is_here]
-        if missing:
-            more = f" and {len(missing) - _MAX_MISSING_LISTED} more" if len(missing) > _MAX_MISSING_LISTED else ""
-            raise ManifestBlobUnknown(
-                f"{repository} lacks references of the manifest: {', '.join(missing[:_MAX_MISSING_LISTED])}{more}"
-            )
+        await self._writer.commit(repository, manifest, tags, sparse=sparse)
+        await self._reads.keep_manifest(manifest.content, manifest.digest)
 
     async def remove_tag(self, repository: Repository, tag: Tag) -> bool:
         if await self._bucket.size(keys.tag_key(repository, tag)) is None:
             return False
-        await self._delete_tag(repository, tag)
+        await self._delete_tags(repository, [tag], keys.tag_prefix(repository, tag))
         return True
 
-    async def _delete_tag(self, repository: Repository, tag: Tag) -> None:
-        await self._bucket.delete([keys.tag_key(repository, tag)])  # first, so that the tag is gone at once
-        await self._delete_all(keys.tag_prefix(repository, tag))
-        await self._kept.keep_tag(repository, tag, None)
-
-    async def _delete_all(self, prefix: str) -> None:
-        found = [entry.key async for entry in self._bucket.list_keys(prefix)]
-        if found:
-            await self._bucket.delete(found)
-
     async def remove_manifest(self, repository: Repository, digest: Digest) -> bool:
-        key = keys.manifest_key(repository, digest)
-        if await self._bucket.size(key) is None:
+        if await self._bucket.size(keys.manifest_key(repository, digest)) is None:
             return False
         targets = await self._tag_targets(repository)
         await self._check_needs(repository, digest, targets)
-        # Delete the tags first, so that no tag ever points to a missing manifest.
-        for tag, target in targets.items():
-            if target == digest:
-                await self._delete_tag(repository, tag)
-            elif fallback_base(tag) == fallback_tag(digest):
-                await self._bucket.put(keys.orphaned_key(repository, tag), b"-")
-        subject = _parse_link(await self._bucket.get(keys.subject_key(repository, digest), _MAX_LINK) or b"")
-        await self._bucket.delete([key])
-        beside = [keys.media_type_key(repository, digest), keys.subject_key(repository, digest)]
-        if subject is not None:
-            beside.append(keys.referrer_key(repository, subject, digest))
-        await self._bucket.delete(beside)
-        await self._kept.keep_manifest(repository, digest, None)
+        return bool((await self._remove_image(repository, digest, targets)).manifests)
+
+    async def remove_images(self, repository: Repository, digest: Digest | None = None) -> RemovedImages:
+        if digest is not None:
+            return await self._remove_image(repository, digest, await self._tag_targets(repository))
+        tags = await self._tag_names(repository)
+        await self._delete_tags(repository, tags, keys.tags_prefix(repository))
+        manifests = [digest async for digest in self._list_manifests(repository)]
+        await self._unlink_manifests(repository, manifests)
+        return RemovedImages(len(tags), len(manifests))
+
+    async def _remove_image(
+        self, repository: Repository, digest: Digest, targets: dict[Tag, Digest | None]
+    ) -> RemovedImages:
+        """Remove a manifest, and the tags of `targets` that lead to it."""
+        tags = [tag for tag, target in targets.items() if target == digest]
+        # The tags first, so that no tag ever points to a missing manifest.
+        for tag in tags:
+            await self._delete_tags(repository, [tag], keys.tag_prefix(repository, tag))
+        derived = [tag for tag in targets if tag not in tags and fallback_base(tag) == fallback_tag(digest)]
+        await gather((self._bucket.put(keys.orphaned_key(repository, tag), b"-") for tag in derived), _AT_ONCE)
+        is_here = await self._bucket.size(keys.manifest_key(repository, digest)) is not None
+        await self._unlink_manifests(repository, [digest] if is_here else [])
+        return RemovedImages(len(tags), int(is_here))
+
+    async def _delete_tags(self, repository: Repository, tags: Sequence[Tag], prefix: str) -> None:
+        """Delete tags, and all other keys with their common `prefix`."""
+        # First what the tags are for others, so that they are gone at once.
+        await self._delete([keys.tag_key(repository, tag) for tag in tags])
+        await self._delete([entry.key async for entry in self._bucket.list_keys(prefix)])
+        for tag in tags:
+            await self._kept.keep_tag(repository, tag, None)
+
+    async def _unlink_manifests(self, repository: Repository, digests: Sequence[Digest]) -> None:
+        """Remove manifests that have no tag any more."""
+        subjects = await gather(
+            (self._bucket.get(keys.subject_key(repository, digest), _MAX_LINK) for digest in digests), _AT_ONCE
+        )
+        await self._delete([keys.manifest_key(repository, digest) for digest in digests])
+        beside: list[str] = []
+        for digest, content in zip(digests, subjects, strict=True):
+            beside += [keys.media_type_key(repository, digest), keys.subject_key(repository, digest)]
+            subject = _parse_link(content or b"")
+            if subject is not None:
+                beside.append(keys.referrer_key(repository, subject, digest))
+        await self._delete(beside)
+        for digest in digests:
+            await self._kept.keep_manifest(repository, digest, None)
         await self._leave_catalog(repository)
-        return True
+
+    async def _delete(self, found: Sequence[str]) -> None:
+        if found:
+            await self._bucket.delete(found)
 
     async def _leave_catalog(self, repository: Repository) -> None:
         """Remove a repository without manifests from the catalog."""
@@ -436,10 +311,15 @@ class BucketHostedStore:
             await self._bucket.put(keys.catalog_key(repository), b"")
 
     async def _has_manifests(self, repository: Repository) -> bool:
-        async for entry in self._bucket.list_keys(keys.revisions_prefix(repository)):
-            if entry.key.endswith("/link"):
-                return True
+        async for _ in self._list_manifests(repository):
+            return True
         return False
+
+    async def _list_manifests(self, repository: Repository) -> AsyncIterator[Digest]:
+        async for entry in self._bucket.list_keys(keys.revisions_prefix(repository)):
+            revision = keys.revision_of(entry.key)
+            if revision is not None and revision[1] == "link":
+                yield revision[0]
 
     async def _tag_names(self, repository: Repository) -> list[Tag]:
         # All keys, because a store may list directories that are empty.
@@ -571,7 +451,7 @@ class BucketHostedStore:
             return
         media_type = _parse_media_type(await self._bucket.get(keys.media_type_key(repository, digest), _MAX_LINK))
         detected, referrer = await self._parser.parse(_read_referrer, content, media_type, digest)
-        await self._write_notes(repository, digest, detected, referrer)
+        await self._writer.write_notes(repository, digest, detected, referrer)
 
 
 def _parse_link(content: bytes) -> Digest | None:

@@ -19,7 +19,7 @@ from dockerproxy.oci.uploads import UploadStatus
 from dockerproxy.store.local_hosted_store import LocalUpload, LocalUploads
 
 if TYPE_CHECKING:
-    from dockerproxy.bucket.bucket_hosted_store import BucketContents
+    from dockerproxy.bucket.manifest_writer import BucketContents
 
 
 @frozen

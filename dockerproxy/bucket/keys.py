@@ -3,6 +3,7 @@
 The keys of blobs and repositories are those of CNCF distribution's s3 driver: the paths of `store.layout`. Ours are
 beside them, and below `dockerproxy/`:
 
+    dockerproxy/damaged/ALG-HEX      a content that did not match its digest; see `bucket_check`
     dockerproxy/catalog/NAME         empty: the repository has a manifest; NAME has `!` in place of `/`
     dockerproxy/indexed/NAME         empty: all manifests that it had were looked at for subjects
     dockerproxy/probe/…              empty: a daemon is trying whether it may write
@@ -21,90 +22,106 @@ from dockerproxy.oci.names import Digest, Repository, parse_repository, parse_ta
 from dockerproxy.store.layout import Layout, digest_from_names
 
 _ROOT = "bucket"
-_LAYOUT = Layout(Path(_ROOT))
+PATH_PREFIX = f"{_ROOT}/"
+LAYOUT = Layout(Path(_ROOT))
+"""The paths of a tree in a bucket: its keys with `PATH_PREFIX` before them."""
 
 CATALOG = "dockerproxy/catalog/"
 TAKEN_OVER = "dockerproxy/taken-over"
 PROBES = "dockerproxy/probe/"
+DAMAGED = "dockerproxy/damaged/"
 _INDEXED = "dockerproxy/indexed/"
 
-BLOBS = f"{_LAYOUT.blobs}/".removeprefix(f"{_ROOT}/")
-REPOSITORIES = f"{_LAYOUT.repositories}/".removeprefix(f"{_ROOT}/")
+BLOBS = f"{LAYOUT.blobs}/".removeprefix(PATH_PREFIX)
+REPOSITORIES = f"{LAYOUT.repositories}/".removeprefix(PATH_PREFIX)
 
 
 def blob_key(digest: Digest) -> str:
     """Return the key of a blob's content."""
-    return _key(_LAYOUT.blob(digest))
+    return _key(LAYOUT.blob(digest))
+
+
+def content_of(key: str) -> Digest | None:
+    """Return the digest if `key` is that of a content."""
+    match key.removeprefix(BLOBS).split("/"):
+        case [algorithm, part, encoded, "data"] if encoded.startswith(part):
+            return digest_from_names(algorithm, encoded)
+    return None
+
+
+def damaged_key(digest: Digest) -> str:
+    """Return the key of a content that was moved aside because it does not match its digest."""
+    return f"{DAMAGED}{digest.algorithm}-{digest.hex}"
 
 
 def layer_key(repository: str, digest: Digest) -> str:
     """Return the key of the link that makes a blob a part of a repository."""
-    return _key(_LAYOUT.layer(repository, digest))
+    return _key(LAYOUT.layer(repository, digest))
 
 
 def layers_prefix(repository: str) -> str:
     """Return the prefix of the links to a repository's blobs."""
-    return f"{_key(_LAYOUT.layers(repository))}/"
+    return f"{_key(LAYOUT.layers(repository))}/"
 
 
 def revisions_prefix(repository: str) -> str:
     """Return the prefix of the links to a repository's manifests, and of the objects beside them."""
-    return f"{_key(_LAYOUT.revisions(repository))}/"
+    return f"{_key(LAYOUT.revisions(repository))}/"
 
 
 def manifest_key(repository: str, digest: Digest) -> str:
     """Return the key of the link that makes a manifest a part of a repository."""
-    return _key(_LAYOUT.manifest(repository, digest))
+    return _key(LAYOUT.manifest(repository, digest))
 
 
 def media_type_key(repository: str, digest: Digest) -> str:
     """Return the key of a manifest's media type."""
-    return _key(_LAYOUT.media_type(repository, digest))
+    return _key(LAYOUT.media_type(repository, digest))
 
 
 def subject_key(repository: str, digest: Digest) -> str:
     """Return the key of a manifest's subject, or of ``-``. It exists if the manifest is indexed."""
-    return _key(_LAYOUT.subject(repository, digest))
+    return _key(LAYOUT.subject(repository, digest))
 
 
 def referrers_prefix(repository: str, subject: Digest) -> str:
     """Return the prefix of the descriptors of a manifest's referrers."""
-    return f"{_key(_LAYOUT.referrers(repository, subject))}/"
+    return f"{_key(LAYOUT.referrers(repository, subject))}/"
 
 
 def referrer_key(repository: str, subject: Digest, digest: Digest) -> str:
     """Return the key of the descriptor of the manifest `digest`, a referrer of `subject`."""
-    return _key(_LAYOUT.referrer(repository, subject, digest))
+    return _key(LAYOUT.referrer(repository, subject, digest))
 
 
 def tags_prefix(repository: str) -> str:
     """Return the prefix of a repository's tags."""
-    return f"{_key(_LAYOUT.tags(repository))}/"
+    return f"{_key(LAYOUT.tags(repository))}/"
 
 
 def tag_prefix(repository: str, tag: str) -> str:
     """Return the prefix of all keys of a tag."""
-    return f"{_key(_LAYOUT.tag(repository, tag))}/"
+    return f"{_key(LAYOUT.tag(repository, tag))}/"
 
 
 def tag_key(repository: str, tag: str) -> str:
     """Return the key of the link to the manifest of a tag."""
-    return _key(_LAYOUT.tag_current(repository, tag))
+    return _key(LAYOUT.tag_current(repository, tag))
 
 
 def tag_index_key(repository: str, tag: str, digest: Digest) -> str:
     """Return the key of the link that records that a tag has had this manifest."""
-    return _key(_LAYOUT.tag_index(repository, tag, digest))
+    return _key(LAYOUT.tag_index(repository, tag, digest))
 
 
 def orphaned_key(repository: str, tag: str) -> str:
     """Return the key that exists if the name of a tag is derived from a digest that the repository had once."""
-    return _key(_LAYOUT.orphaned_tag(repository, tag))
+    return _key(LAYOUT.orphaned_tag(repository, tag))
 
 
 def own_prefix(repository: str) -> str:
     """Return the prefix of all keys of a repository, and of no other one."""
-    return f"{_key(_LAYOUT.repository(repository))}/_"
+    return f"{_key(LAYOUT.repository(repository))}/_"
 
 
 def catalog_key(repository: str) -> str:
@@ -134,14 +151,6 @@ def repository_of(key: str) -> Repository | None:
         return None
 
 
-def content_of(key: str) -> Digest | None:
-    """Return the digest if `key` is that of a content."""
-    match key.removeprefix(BLOBS).split("/"):
-        case [algorithm, part, encoded, "data"] if encoded.startswith(part):
-            return digest_from_names(algorithm, encoded)
-    return None
-
-
 def revision_of(key: str) -> tuple[Digest, str] | None:
     """Return the digest in a key of a revision, or of a link to a blob, and the name of the object at its end."""
     *_, algorithm, encoded, name = f"//{key}".split("/")
@@ -165,4 +174,4 @@ def tag_of(key: str) -> str | None:
 
 
 def _key(path: str) -> str:
-    return path.removeprefix(f"{_ROOT}/")
+    return path.removeprefix(PATH_PREFIX)

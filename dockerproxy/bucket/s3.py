@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Protocol, TypeVar
-from urllib.parse import unquote_plus
+from urllib.parse import quote, unquote_plus
 from xml.sax.saxutils import escape
 
 from attrs import frozen
@@ -136,6 +136,20 @@ class S3Bucket:
         response.abort()
         return response.length if response.status == 200 else None
 
+    async def status(self, key: str) -> ListedKey | None:
+        """Return an object as a listing has it, or None if there is none."""
+        response = await self._retry(partial(self._send, "HEAD", key, accepted=(200, 404)))
+        response.abort()
+        if response.status == 404:
+            return None
+        date = _parse_date(response.headers.get("date"), self._clock)
+        written = _parse_date(response.headers.get("last-modified"), lambda: date)
+        return ListedKey(key, response.length or 0, written, date - written)
+
+    async def read_start(self, key: str, limit: int) -> bytes | None:
+        """Return the first `limit` bytes of an object, which may have more, or None if there is none."""
+        return await self._retry(partial(self._read_start, key, limit))
+
     async def get(self, key: str, limit: int) -> bytes | None:
         """Return the content of an object of at most `limit` bytes, or None if there is none."""
         return await self._retry(partial(self._get, key, limit))
@@ -174,6 +188,11 @@ class S3Bucket:
             existing = await self.get(key, max(len(content), 64 * 1024))
             if existing is not None:  # else it was deleted meanwhile
                 return existing
+
+    async def copy(self, key: str, copy: str) -> None:
+        """Copy an object of at most 5 GiB to the key `copy`, in the store."""
+        source = quote(f"/{self.location.bucket}/{self.location.prefix}{key}", safe="/-._~")
+        await self._ask("PUT", copy, [], fields=[("x-amz-copy-source", source)])
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Delete the objects with `keys`, as far as there are any."""
@@ -344,6 +363,18 @@ class S3Bucket:
                 headers=retry_after(),
             )
         return await response.read_all(limit)
+
+    async def _read_start(self, key: str, limit: int) -> bytes | None:
+        fields = [("Range", f"bytes=0-{limit - 1}")]
+        response = await self._send("GET", key, fields=fields, accepted=(200, 206, 404, 416))
+        if response.status in (404, 416):  # an empty object has no first byte
+            response.abort()
+            return None if response.status == 404 else b""
+        content = b""
+        while len(content) < limit and (data := await response.read_chunk()):
+            content += data
+        response.abort()
+        return content[:limit]
 
     async def _ask(
         self,

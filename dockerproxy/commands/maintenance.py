@@ -98,6 +98,8 @@ def check(client: ControlClient, options: argparse.Namespace, terminal: Terminal
             else "no problems"
         )
     )
+    if result.get("unlinked"):
+        print_line(f"{format_count(result['unlinked'], 'blob')} of no repository, for `dockerproxy gc` to delete")
     return PROBLEMS if findings else 0
 
 

@@ -82,6 +82,14 @@ class ManifestResponse:
 
 
 @frozen
+class RemovedImages:
+    """The numbers of tags and manifests that were removed from a repository."""
+
+    tags: int
+    manifests: int
+
+
+@frozen
 class StoredManifest:
     """A manifest of a repository, as it is stored."""
 

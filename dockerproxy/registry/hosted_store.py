@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from dockerproxy.oci.content import Content, StoredManifest
+from dockerproxy.oci.content import Content, RemovedImages, StoredManifest
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
@@ -108,6 +108,9 @@ class HostedStore(Protocol):
 
         Raise `ManifestNeeded` if another manifest, which has a tag, is an index with this one.
         """
+
+    async def remove_images(self, repository: Repository, digest: Digest | None = None) -> RemovedImages:
+        """Remove a manifest, or all of the repository, with their tags, even if another manifest needs it."""
 
     async def tags(self, repository: Repository, page: Page) -> NamePage:
         """Return a page of the repository's tags, in the order of `sort_key`."""

@@ -12,6 +12,7 @@ from dockerproxy.oci.manifests import fallback_base, fallback_tag
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.referrers import Referrer
 from dockerproxy.store.blobs import Blobs
+from dockerproxy.store.contents import Contents
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
@@ -34,6 +35,11 @@ class HostedTree:
     referrers: Referrers
     reserve: DiskReserve
     locks: KeyedLock = field(factory=LocalKeyedLock)
+    contents: Contents = field(init=False)
+
+    @contents.default
+    def _make_contents(self) -> Contents:
+        return Contents(self.layout)
 
     @classmethod
     def from_layout(

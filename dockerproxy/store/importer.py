@@ -1,9 +1,10 @@
 """Import of another registry's directory: one of `registry:2`, or one of this daemon.
 
 The directory may be a stranger's: no symbolic link below it is followed, and only regular files are read (see
-`tree_reader`). Blobs are verified by their digests. They are hard-linked if they are on our file system and nobody else
-can still write to them, and copied otherwise. Links follow, and tags come last, so that a tag always points to a
+`tree_reader`). Blobs are verified by their digests. Links follow, and tags come last, so that a tag always points to a
 complete image. Existing objects stay, so an import can be repeated, and a repeated one continues an interrupted one.
+
+The target is a directory (`LocalTarget`) or a bucket (`bucket.bucket_import`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from attrs import define, field, frozen
 
@@ -106,25 +108,203 @@ def import_registry(
     source = find_source_layout(directory)
     if _is_same_directory(source.root, layout.root):
         raise NotARegistry(f"{directory} is this registry's own directory")
-    run = _ImportRun(source, layout, force, progress or Progress())
+    return import_tree(source, LocalTarget(layout), force=force, progress=progress or Progress(), lock=lock)
+
+
+def import_tree(
+    source: Layout, target: ImportTarget, *, force: bool, progress: Progress[Skipped], lock: RepositoryLock
+) -> ImportResult:
+    """Import the registry in `source` into `target`. Blocks. Raise what the target raises, and `Stopped`."""
+    run = _ImportRun(source, target, force, progress)
     run.scan()
     run.import_blobs()
+    target.flush()
     for repository in run.repositories:
         run.link_layers(repository)
+        target.flush()
         for steps in (run.link_manifests(repository), run.set_tags(repository)):
             for skipped_items in locked_slices(partial(lock, repository), steps):
                 for item in skipped_items:
                     run.record(item)
                 run.report_manifests()
-    # Sync once at the end: two or three fsyncs per link would take longer than all the rest.
-    os.sync()
+            target.flush()
+    target.finish()
     return ImportResult(repositories=len(run.repositories), **run.counts)
+
+
+@define
+class SourceBlob:
+    """An open file of the imported directory, which should be the content with `digest`."""
+
+    digest: Digest
+    fd: int
+    status: os.stat_result
+    _on_read: Callable[[int], object]
+
+    @property
+    def is_only_ours(self) -> bool:
+        """Whether nobody else can change the file, by its mode, by another name, or because it is open."""
+        # We could not set the mtime of another user's file (see `SafeDelete`).
+        is_ours = self.status.st_uid == os.geteuid() and self.status.st_nlink == 1 and not self.status.st_mode & 0o022
+        return is_ours and not _is_open_for_writing(self.fd)
+
+    def verify(self, copy_fd: int = -1) -> bool:
+        """Return whether the file matches the digest. Copy it, unless `copy_fd` is -1. Raise `SourceError`."""
+        hasher, offset, size = self.digest.hasher(), 0, self.status.st_size
+        while chunk := _read_source(self.fd, min(_CHUNK_SIZE, size - offset), offset):
+            hasher.update(chunk)
+            if copy_fd >= 0:
+                write_all(copy_fd, [chunk], offset)
+            offset += len(chunk)
+            self._on_read(offset)
+        return hasher.hexdigest() == self.digest.hex
+
+    def verify_and_copy(self, copy_fd: int, reserve: DiskReserve) -> bool:
+        """Return whether the file matches the digest. Copy it if the disk has room. Raise `SourceError`."""
+        size = self.status.st_size
+        try:
+            reserve.check(size)
+        except OSError as error:
+            raise SourceError(f"a copy needs {size} bytes, but {error.strerror}") from None
+        # A sparse file is only as large as its owner says. Do not fill the disk with its zeros.
+        is_sparse = self.status.st_blocks * 512 < size
+        return (not is_sparse or self.verify()) and self.verify(copy_fd)
+
+
+class ImportTarget(Protocol):
+    """The store that an import fills. Writes are complete at the latest after `flush`. All methods block."""
+
+    def sizes(self, digests: Iterable[Digest]) -> Iterator[int | None]:
+        """Yield the size of each content, None if it is not there. Those that are there stay."""
+
+    def add(self, blob: SourceBlob) -> str | None:
+        """Store a content if it matches its digest. Return whether it was ``hardlinked`` or ``copied``, else None.
+
+        Raise `SourceError`.
+        """
+
+    def exists(self, digest: Digest) -> bool:
+        """Return whether a content is there."""
+
+    def read(self, digest: Digest) -> bytes | None:
+        """Return the content of a manifest, or None if it is not there."""
+
+    def link_layer(self, repository: str, digest: Digest) -> None:
+        """Link a content that is there to the repository."""
+
+    def has_manifest(self, repository: str, digest: Digest) -> bool:
+        """Return whether the repository has the manifest."""
+
+    def link_manifest(
+        self, repository: str, digest: Digest, content: bytes, media_type: str, linked_at: int | None
+    ) -> None:
+        """Make a content that is there a manifest of the repository, linked at a POSIX time in nanoseconds."""
+
+    def tag(self, repository: str, tag: str) -> Digest | None:
+        """Return the manifest of a tag."""
+
+    def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
+        """Point a tag to a manifest of the repository."""
+
+    def flush(self) -> None:
+        """Return when everything is written, or raise the error of a write."""
+
+    def finish(self) -> None:
+        """Make everything durable, at the end of the import."""
+
+
+@define
+class LocalTarget:
+    """An `ImportTarget` in the directory `layout`.
+
+    Blobs are hard-linked if they are on our file system and nobody else can still write to them, and copied otherwise.
+    """
+
+    _layout: Layout
+    _blobs: Blobs = field(init=False)
+    _links: Links = field(init=False)
+    _reserve: DiskReserve = field(init=False)
+
+    # Not durable, because `finish` syncs everything: two or three fsyncs per link would take longer than all the rest.
+
+    @_blobs.default
+    def _make_blobs(self) -> Blobs:
+        return Blobs(self._layout, durable=False)
+
+    @_links.default
+    def _make_links(self) -> Links:
+        return Links(self._layout, durable=False)
+
+    @_reserve.default
+    def _make_reserve(self) -> DiskReserve:
+        return DiskReserve(str(self._layout.root))
+
+    def sizes(self, digests: Iterable[Digest]) -> Iterator[int | None]:
+        os.makedirs(self._layout.staging, exist_ok=True)
+        return map(self._blobs.touch, digests)
+
+    def add(self, blob: SourceBlob) -> str | None:
+        staged_path = f"{self._layout.staging}/{secrets.token_hex(8)}"
+        copy_fd = -1
+        try:
+            is_hardlink = _hardlink(blob, staged_path)
+            if is_hardlink:
+                is_right = blob.verify()
+                if is_right and os.fstat(blob.fd).st_size != blob.status.st_size:
+                    raise SourceError("its size changed while it was read")
+            else:
+                copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                is_right = blob.verify_and_copy(copy_fd, self._reserve)
+            if not is_right:
+                return None
+            self._blobs.commit(staged_path, blob.digest)
+            return "hardlinked" if is_hardlink else "copied"
+        finally:
+            if copy_fd >= 0:
+                os.close(copy_fd)
+            with suppress(FileNotFoundError):
+                os.unlink(staged_path)
+
+    def exists(self, digest: Digest) -> bool:
+        return self._blobs.exists(digest)
+
+    def read(self, digest: Digest) -> bytes | None:
+        return read_small(self._layout.blob(digest), MAX_MANIFEST + 1)
+
+    def link_layer(self, repository: str, digest: Digest) -> None:
+        self._reserve.check()
+        self._links.link_layer(repository, digest)
+
+    def has_manifest(self, repository: str, digest: Digest) -> bool:
+        return self._links.has_manifest(repository, digest)
+
+    def link_manifest(
+        self, repository: str, digest: Digest, content: bytes, media_type: str, linked_at: int | None
+    ) -> None:
+        self._reserve.check()
+        self._links.link_manifest(repository, digest, media_type)
+        # Referrers are listed by this time. A future one would make a manifest the newest one for long.
+        if linked_at is not None:
+            self._links.set_manifest_time(repository, digest, min(linked_at, time.time_ns()))
+
+    def tag(self, repository: str, tag: str) -> Digest | None:
+        return self._links.tag(repository, tag)
+
+    def set_tag(self, repository: str, tag: str, digest: Digest) -> None:
+        self._reserve.check()
+        self._links.set_tag(repository, tag, digest)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        os.sync()
 
 
 @define
 class _ImportRun:
     _source: Layout
-    _target: Layout
+    _target: ImportTarget
     _force: bool
     _progress: Progress[Skipped]
     repositories: list[str] = field(factory=list, init=False)
@@ -134,9 +314,6 @@ class _ImportRun:
     _processed_bytes: int = field(default=0, init=False)
     _source_reader: StrictReader = field(init=False)
     _source_links: Links = field(init=False)
-    _target_blobs: Blobs = field(init=False)
-    _target_links: Links = field(init=False)
-    _reserve: DiskReserve = field(init=False)
 
     @_source_reader.default
     def _make_source_reader(self) -> StrictReader:
@@ -145,20 +322,6 @@ class _ImportRun:
     @_source_links.default
     def _make_source_links(self) -> Links:
         return Links(self._source, durable=False, reader=self._source_reader)
-
-    # Not durable, because `import_registry` syncs everything at the end.
-
-    @_target_blobs.default
-    def _make_target_blobs(self) -> Blobs:
-        return Blobs(self._target, durable=False)
-
-    @_target_links.default
-    def _make_target_links(self) -> Links:
-        return Links(self._target, durable=False)
-
-    @_reserve.default
-    def _make_reserve(self) -> DiskReserve:
-        return DiskReserve(str(self._target.root))
 
     def record(self, item: Skipped) -> None:
         """Count and report a skipped item."""
@@ -188,7 +351,7 @@ class _ImportRun:
         self._total_bytes = total
 
     def _size(self, digest: Digest) -> int:
-        """Return the size of a blob in the source; 0 if it cannot be read, which `_import_blob` reports."""
+        """Return the size of a blob in the source; 0 if it cannot be read, which `import_blobs` reports."""
         try:
             return self._source_reader.stat(self._source.blob(digest)).st_size
         except UnsafeFile:
@@ -196,9 +359,9 @@ class _ImportRun:
 
     def import_blobs(self) -> None:
         """Import the blobs."""
-        os.makedirs(self._target.staging, exist_ok=True)
-        for digest, size in self._blob_sizes.items():
-            if self._target_blobs.touch(digest) == size:
+        there = self._target.sizes(self._blob_sizes)
+        for (digest, size), size_there in zip(self._blob_sizes.items(), there, strict=True):
+            if size_there == size:
                 self.counts.update(present=1)
                 self._processed_bytes += size
                 self._report_bytes()
@@ -207,7 +370,7 @@ class _ImportRun:
                 self._import_blob(digest)
             except UnsafeFile as error:
                 self._source_reader.report(error)
-            except _SourceError as error:
+            except SourceError as error:
                 self.record(Skipped("unreadable", f"{digest} cannot be read: {error}"))
 
     def link_layers(self, repository: str) -> None:
@@ -215,10 +378,9 @@ class _ImportRun:
         for digest in self._source_links.layers(repository):
             state = self._source_links.layer_state(repository, digest)
             if state is not LinkState.ABSENT:
-                is_here = self._target_blobs.exists(digest)
+                is_here = self._target.exists(digest)
                 if is_here:
-                    self._reserve.check()
-                    self._target_links.link_layer(repository, digest)
+                    self._target.link_layer(repository, digest)
                 if state is LinkState.TORN:
                     self.record(_torn(repository, f"the link to the blob {digest}", is_here))
                 elif not is_here:
@@ -238,7 +400,11 @@ class _ImportRun:
             if state is LinkState.ABSENT:
                 yield None
                 continue
-            content = read_small(self._target.blob(digest), MAX_MANIFEST + 1)
+            torn = _torn(repository, f"the link to the manifest {digest}", True) if state is LinkState.TORN else None
+            if self._target.has_manifest(repository, digest) and self._target.exists(digest):
+                yield torn
+                continue
+            content = self._target.read(digest)
             if content is None:
                 yield Skipped("missing", f"{repository}: the manifest {digest} is missing")
                 continue
@@ -247,69 +413,46 @@ class _ImportRun:
             except ManifestInvalid as error:
                 yield Skipped("invalid", f"{repository}: {digest} is not a manifest ({error.message})")
                 continue
-            if not self._target_links.has_manifest(repository, digest):
-                self._reserve.check()
-                self._target_links.link_manifest(repository, digest, media_type)
-                # Referrers are listed by this time. A future one would make a manifest the newest one for long.
-                linked_at = self._source_links.manifest_time(repository, digest)
-                if linked_at is not None:
-                    self._target_links.set_manifest_time(repository, digest, min(linked_at, time.time_ns()))
-                self.counts.update(manifests=1)
-            is_torn = state is LinkState.TORN
-            yield _torn(repository, f"the link to the manifest {digest}", True) if is_torn else None
+            linked_at = self._source_links.manifest_time(repository, digest)
+            self._target.link_manifest(repository, digest, content, media_type, linked_at)
+            self.counts.update(manifests=1)
+            yield torn
 
     def set_tags(self, repository: str) -> Iterator[Skipped | None]:
         """Set the tags of the repository, one per step."""
         for tag, digest in self._source_links.iter_tags(repository):
-            current = self._target_links.tag(repository, tag)
+            current = self._target.tag(repository, tag)
             if digest is None:
                 digest = self._only_target(repository, tag)
                 yield _torn(repository, f"the tag {tag}", digest is not None)
             if digest is None:
                 continue
-            if not self._target_links.has_manifest(repository, digest):
+            if not self._target.has_manifest(repository, digest):
                 yield Skipped("missing", f"{repository}:{tag}: the manifest of the tag is missing")
             elif current is not None and current != digest and not self._force:
                 yield Skipped("conflict", f"{repository}:{tag} points to {current} here, but to {digest} in the import")
             elif current != digest:
-                self._reserve.check()
-                self._target_links.set_tag(repository, tag, digest)
+                self._target.set_tag(repository, tag, digest)
                 self.counts.update(tags=1)
             yield None
 
     def _only_target(self, repository: str, tag: str) -> Digest | None:
         """Return the manifest of a torn tag, if it has had no other one and it was imported."""
         targets = self._source_links.former_targets(repository, tag)
-        return targets[0] if len(targets) == 1 and self._target_links.has_manifest(repository, targets[0]) else None
+        return targets[0] if len(targets) == 1 and self._target.has_manifest(repository, targets[0]) else None
 
     def _import_blob(self, digest: Digest) -> None:
-        staged_path = f"{self._target.staging}/{secrets.token_hex(8)}"
-        source_fd = self._open_source(digest)
-        copy_fd = -1
+        fd = self._open_source(digest)
         try:
-            status = os.fstat(source_fd)
-            is_hardlink = _hardlink(source_fd, status, staged_path)
-            is_right = True
-            if not is_hardlink:
-                copy_fd = os.open(staged_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                self._check_room(status.st_size)
-                if status.st_blocks * 512 < status.st_size:
-                    # A sparse file is only as large as its owner says. Do not fill the disk with its zeros.
-                    is_right = self._read_blob(source_fd, digest, status.st_size, -1)
-            if not is_right or not self._read_blob(source_fd, digest, status.st_size, copy_fd):
+            blob = SourceBlob(digest, fd, os.fstat(fd), self._report_read)
+            outcome = self._target.add(blob)
+            if outcome is None:
                 self.record(Skipped("damaged", f"{digest} is damaged"))
                 return
-            self._processed_bytes += status.st_size
-            if is_hardlink and os.fstat(source_fd).st_size != status.st_size:
-                raise _SourceError("its size changed while it was read")
-            self._target_blobs.commit(staged_path, digest)
-            self.counts.update(hardlinked=int(is_hardlink), copied=int(not is_hardlink), bytes=status.st_size)
+            self._processed_bytes += blob.status.st_size
+            self.counts.update({outcome: 1, "bytes": blob.status.st_size})
         finally:
-            os.close(source_fd)
-            if copy_fd >= 0:
-                os.close(copy_fd)
-            with suppress(FileNotFoundError):
-                os.unlink(staged_path)
+            os.close(fd)
 
     def _open_source(self, digest: Digest) -> int:
         try:
@@ -317,25 +460,10 @@ class _ImportRun:
         except UnsafeFile:
             raise
         except OSError as error:
-            raise _SourceError(error.strerror) from None
+            raise SourceError(error.strerror) from None
 
-    def _check_room(self, size: int) -> None:
-        """Raise `_SourceError` if the disk has no room for a copy of `size` bytes."""
-        try:
-            self._reserve.check(size)
-        except OSError as error:
-            raise _SourceError(f"a copy needs {size} bytes, but {error.strerror}") from None
-
-    def _read_blob(self, fd: int, digest: Digest, size: int, copy_fd: int) -> bool:
-        """Return whether the first `size` bytes of the file have the digest. Copy them, unless `copy_fd` is -1."""
-        hasher, offset = digest.hasher(), 0
-        while chunk := _read_source(fd, min(_CHUNK_SIZE, size - offset), offset):
-            hasher.update(chunk)
-            if copy_fd >= 0:
-                write_all(copy_fd, [chunk], offset)
-            offset += len(chunk)
-            self._progress.report("contents", self._processed_bytes + offset, self._total_bytes)
-        return hasher.hexdigest() == digest.hex
+    def _report_read(self, offset: int) -> None:
+        self._progress.report("contents", self._processed_bytes + offset, self._total_bytes)
 
     def _report_bytes(self) -> None:
         self._progress.report("contents", self._processed_bytes, self._total_bytes)
@@ -346,7 +474,7 @@ def _torn(repository: str, name: str, is_mended: bool) -> Skipped:
     return Skipped("torn", f"{repository}: {name} is torn; {outcome}")
 
 
-class _SourceError(Exception):
+class SourceError(Exception):
     """A file of the imported directory cannot be read."""
 
 
@@ -354,29 +482,24 @@ def _read_source(fd: int, size: int, offset: int) -> bytes:
     try:
         return os.pread(fd, size, offset)
     except OSError as error:
-        raise _SourceError(error.strerror) from None
+        raise SourceError(error.strerror) from None
 
 
-def _hardlink(fd: int, status: os.stat_result, staged_path: str) -> bool:
-    """Hard-link the open file `fd` to `staged_path`. Return whether that succeeded.
-
-    Nobody else may be able to change the file afterwards, by its mode, by another name, or because it is open.
-    """
-    # We could not set the mtime of another user's file (see `SafeDelete`).
-    is_ours = status.st_uid == os.geteuid() and status.st_nlink == 1 and not status.st_mode & 0o022
-    if not is_ours or _is_open_for_writing(fd):
+def _hardlink(blob: SourceBlob, staged_path: str) -> bool:
+    """Hard-link the open file to `staged_path`. Return whether that succeeded, and nobody else can change it then."""
+    if not blob.is_only_ours:
         return False
     try:
         # By descriptor, because `path` may lead to another file by now. With `src_dir_fd`, Python uses linkat(2), which
         # follows the link in /proc; link(2) does not.
         directory_fd = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.link(str(fd), staged_path, src_dir_fd=directory_fd, follow_symlinks=True)
+            os.link(str(blob.fd), staged_path, src_dir_fd=directory_fd, follow_symlinks=True)
         finally:
             os.close(directory_fd)
     except OSError:  # another file system; too many links; none allowed
         return False
-    if os.path.samestat(status, os.lstat(staged_path)):
+    if os.path.samestat(blob.status, os.lstat(staged_path)):
         return True
     os.unlink(staged_path)
     return False

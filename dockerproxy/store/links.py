@@ -203,6 +203,14 @@ class Links:
         """Return whether `mark_orphaned` was called for the tag."""
         return _link_exists(self._reader, self._layout.orphaned_tag(repository, tag))
 
+    def targets(self, repository: str, tags: Iterable[str]) -> Iterator[tuple[str, Digest | None]]:
+        """Yield each of `tags` with its manifest, None if it has none, in their order. Blocks."""
+
+        def read(tag: str) -> tuple[str, Digest | None]:
+            return tag, self.tag(repository, tag)
+
+        return self._reader.map(read, tags)
+
     def tags(self, repository: str) -> list[str]:
         """Return the repository's tags, sorted. Blocks."""
         names = self._reader.list_names(self._layout.tags(repository))
@@ -225,8 +233,12 @@ class Links:
 
     def iter_tags(self, repository: str) -> Iterator[tuple[str, Digest | None]]:
         """Yield the repository's tags, in no order, each with its manifest (None if the link is torn). Blocks."""
-        for tag in filter(_is_tag, self._reader.list_names(self._layout.tags(repository))):
-            content = self._reader.read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
+
+        def read(tag: str) -> tuple[str, bytes | None]:
+            return tag, self._reader.read_small(self._layout.tag_current(repository, tag), _LINK_LIMIT)
+
+        tags = filter(_is_tag, self._reader.list_names(self._layout.tags(repository)))
+        for tag, content in self._reader.map(read, tags):
             if content is not None:
                 yield tag, _parse_link(content)
 
@@ -311,7 +323,8 @@ class Links:
 
     def repositories(self) -> Iterator[str]:
         """Yield the repositories that have, or had, a blob or manifest, in no order. Blocks."""
-        return iter_repositories(self._layout, *_CONTENT_DIRECTORIES, reader=self._reader)
+        listed = self._reader.list_repositories()
+        return iter_repositories(self._layout, *_CONTENT_DIRECTORIES, reader=self._reader) if listed is None else listed
 
     def has_repository(self, repository: str) -> bool:
         """Return whether the repository has, or had, a blob or manifest."""

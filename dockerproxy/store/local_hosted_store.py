@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from dockerproxy.bounded_dict import BoundedDict
 from dockerproxy.concurrency import spawn
 from dockerproxy.errors import BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown, ManifestInvalid, ManifestNeeded
-from dockerproxy.oci.content import Content, StoredManifest
+from dockerproxy.oci.content import Content, RemovedImages, StoredManifest
 from dockerproxy.oci.manifests import MAX_MANIFEST, media_type_of
 from dockerproxy.oci.names import Digest, Reference, Repository, Tag
 from dockerproxy.oci.paging import NamePage, Page, take_page
@@ -355,13 +355,27 @@ class LocalHostedStore:
             return await self._disk.run(self._remove_manifest, repository, digest)
 
     def _remove_manifest(self, repository: Repository, digest: Digest) -> bool:
-        for need in find_needs(self._tree.layout, self._tree.links, repository):
+        for need in find_needs(self._tree.contents, self._tree.links, repository):
             if need.digest == digest:
                 raise ManifestNeeded(
                     f"the index {repository}:{need.tag} needs {digest}; delete that tag first, or run"
                     f" `dockerproxy rm --force {repository}@{digest}`"
                 )
         return self._tree.remove_manifest(repository, digest)
+
+    async def remove_images(self, repository: Repository, digest: Digest | None = None) -> RemovedImages:
+        async with self._tree.locks.hold(repository):
+            return await self._disk.run(self._remove_images, repository, digest)
+
+    def _remove_images(self, repository: Repository, digest: Digest | None) -> RemovedImages:
+        tags = manifests = 0
+        for tag, target in self._tree.links.iter_tags(repository):
+            if digest in (None, target):
+                tags += self._tree.links.remove_tag(repository, tag)
+        for manifest in self._tree.links.manifests(repository):
+            if digest in (None, manifest):
+                manifests += self._tree.remove_manifest(repository, manifest)
+        return RemovedImages(tags, manifests)
 
     # lists
 

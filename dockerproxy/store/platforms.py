@@ -11,12 +11,11 @@ from dockerproxy.errors import ManifestInvalid
 from dockerproxy.oci.manifests import INDEX_TYPES, MAX_MANIFEST, parse_manifest
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.platforms import MAX_CONFIG, config_platform, index_platforms
-from dockerproxy.store.layout import Layout
-from dockerproxy.store.tree_reader import UnsafeFile, read_small
+from dockerproxy.store.contents import Contents
 
 
 def manifest_platforms(
-    layout: Layout, digest: Digest, media_type: str | None, may_read: Callable[[Digest], bool] = lambda digest: True
+    contents: Contents, digest: Digest, media_type: str | None, may_read: Callable[[Digest], bool] = lambda digest: True
 ) -> tuple[str, ...]:
     """Return the platforms of an index, or that of an image. It is empty if they are not known. Blocks.
 
@@ -24,7 +23,7 @@ def manifest_platforms(
     and neither has one whose configuration the caller `may_read` not.
     """
     try:
-        content = read_small(layout.blob(digest), MAX_MANIFEST + 1) or b""
+        content = contents.read(digest, MAX_MANIFEST + 1) or b""
         manifest = parse_manifest(content, media_type)
         if manifest.media_type in INDEX_TYPES:
             return tuple(dict.fromkeys(index_platforms(content).values()))
@@ -32,8 +31,8 @@ def manifest_platforms(
             return ()
         if not may_read(manifest.config.digest):
             return ()
-        config = read_small(layout.blob(manifest.config.digest), MAX_CONFIG) or b""
-    except (ManifestInvalid, UnsafeFile):
+        config = contents.read(manifest.config.digest, MAX_CONFIG) or b""
+    except ManifestInvalid:
         return ()
     platform = config_platform(config)
     return () if platform is None else (platform,)
@@ -41,23 +40,28 @@ def manifest_platforms(
 
 _MAX_KNOWN = 50_000  # manifests, with some 150 bytes each
 
+KnownPlatforms = dict[bytes, tuple[str, ...]]
+"""The platforms of manifests, by their digests."""
+
 
 @define(eq=False)
 class PlatformReader:
-    """The platforms of the manifests in a store. It remembers them, because content never changes. Thread-safe.
+    """The platforms of the manifests among `contents`. It is thread-safe.
+
+    They are remembered in `known`, because content never changes.
 
     To read and parse a manifest and its configuration takes most of the time of a list of repositories.
     """
 
-    _layout: Layout
-    _known: dict[bytes, tuple[str, ...]] = field(factory=dict, init=False)
+    _contents: Contents
+    _known: KnownPlatforms = field(factory=dict)
 
     def read(self, digest: Digest, media_type: Callable[[], str | None]) -> tuple[str, ...]:
         """Return what `manifest_platforms` does. `media_type` reads the media type. Blocks."""
         key = bytes.fromhex(digest.hex)
         platforms = self._known.get(key)
         if platforms is None:
-            platforms = tuple(map(intern, manifest_platforms(self._layout, digest, media_type())))
+            platforms = tuple(map(intern, manifest_platforms(self._contents, digest, media_type())))
             if platforms:  # otherwise its configuration may only be missing now
                 if len(self._known) >= _MAX_KNOWN:
                     self._known.clear()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from attrs import define, field
 
@@ -23,6 +24,9 @@ _KINDS = (
     (stat.S_ISFIFO, "a FIFO, not a file"),
     (stat.S_ISSOCK, "a socket, not a file"),
 )
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Missing = (FileNotFoundError, NotADirectoryError)
 """The errors of a path that does not exist."""
@@ -87,7 +91,13 @@ def list_names(directory: str) -> list[str]:
 
 
 class TreeReader:
-    """Reads the daemon's own trees: symbolic links to directories are followed, those to files are not."""
+    """Reads the daemon's own trees: symbolic links to directories are followed, those to files are not.
+
+    A tree need not be on a disk: `bucket.bucket_tree` reads one from a bucket.
+    """
+
+    records_use: bool = True
+    """Whether the mtime of a content is its last use. If not, it is when the content was written."""
 
     def read_small(self, path: str, limit: int) -> bytes | None:
         """Return the first `limit` bytes of the file at `path`, or None if it does not exist or is unsafe."""
@@ -107,6 +117,24 @@ class TreeReader:
     def is_directory(self, path: str) -> bool:
         """Return whether there is a directory at `path`."""
         return os.path.isdir(path)
+
+    def change_time(self, directory: str) -> int:
+        """Return a number that changes if `directory` gains or loses an entry; 0 if there is none."""
+        try:
+            return os.stat(directory).st_mtime_ns
+        except OSError:
+            return 0
+
+    def list_repositories(self) -> Iterator[str] | None:
+        """Return the names of all repositories; None if the tree must be walked to find them."""
+        return None
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Yield what `function`, which reads something, returns for each of `items`, in their order.
+
+        If each read asks another machine, several are done at a time.
+        """
+        return map(function, items)
 
 
 @define(eq=False)

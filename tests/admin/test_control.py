@@ -27,6 +27,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.records import Records
 from tests.registry.support.synchronous_reactor import SynchronousReactor
 from tests.store.support.images import BOTH, put_image
+from tests.support.hosted import make_hosted_store
 
 
 class OperationsStub:
@@ -95,7 +96,8 @@ def client(
         put_image(HostedTree.from_layout(cache), f"quay.io/{number}", BOTH, "v1")
     disk, records = registry_disk or LocalDisk(clock), Records(tmp_path / "records")
     space: Any = SpaceStub()
-    deleter = Deleter(clock, disk, tree, space, records, AuditLog(recorded.append), lambda key, name: False)
+    store, audit = make_hosted_store(clock, tree, disk), AuditLog(recorded.append)
+    deleter = Deleter(clock, disk, store, space, records, audit, lambda key, name: False)
     running: Any = operations
     control = Control(
         clock,

@@ -115,7 +115,7 @@ def test_platforms_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*arguments: Any) -> Any:
         raise AssertionError("it is read again")
 
-    monkeypatch.setattr("dockerproxy.store.platforms.read_small", fail)
+    monkeypatch.setattr("dockerproxy.store.contents.Contents.read", fail)
     assert [row["platforms"] for row in list_repositories(store)] == [["linux/arm64"]]
     tree.blobs.remove(manifest.digest)
     assert [row["platforms"] for row in list_repositories(store)] == [[]]

@@ -390,7 +390,7 @@ def test_what_is_asked_for_stays(world: World) -> None:
     blob, image = world.put_blob(b"blob"), put_image(world, b"config")
     collector = begin_run(world, "/k/")
     node, store = world.node("node")
-    for asked in (store._view.look(), store.blob_size(APP, blob), store.manifest(APP, image)):
+    for asked in (store._writer.view.look(), store.blob_size(APP, blob), store.manifest(APP, image)):
         node.do(asked)
         world.run(node)
         assert failure_of(node) is None
@@ -404,7 +404,7 @@ def test_what_is_being_deleted_is_not_there(world: World) -> None:
     blob = world.put_blob(b"blob")
     collector = begin_run(world, f"DELETE /site/{keys.blob_key(blob)}")
     node, store = world.node("node")
-    node.do(store._view.look())
+    node.do(store._writer.view.look())
     world.run(node)
     node.do(store.blob_size(APP, blob))
     world.run(node)
@@ -416,7 +416,7 @@ def begin_upload(world: World, content: bytes) -> Process:
     node, store = world.node("node")
 
     async def upload() -> None:
-        await store._view.look()
+        await store._writer.view.look()
         await store._contents.add_bytes(content, Digest.of(content))
         await store._contents.link_layer(APP, Digest.of(content))
 
@@ -511,7 +511,7 @@ def test_a_node_looks_every_half_minute(world: World) -> None:
     while any(world.requests_of(node)):
         for request in list(world.requests_of(node)):
             world.answer(request)
-    assert not store._view.current.is_empty
+    assert not store._writer.view.current.is_empty
     world.store.fail(UpstreamTimeout("down"), times=20)
     world.clock.advance(30)
     for request in list(world.requests_of(node)):

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from dockerproxy.bucket import bucket_hosted_store, gc_collector
-from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
+from dockerproxy.bucket import gc_collector, keys
 from dockerproxy.bucket.gc_survey import Survey
 from dockerproxy.bucket.gc_view import GCView
+from dockerproxy.bucket.manifest_writer import ManifestWriter
 from dockerproxy.bucket.s3 import S3Bucket
 from dockerproxy.oci.names import Digest, parse_tag
 from tests.bucket.support.gc_world import TIMES, Process, World, failure_of
@@ -114,10 +114,10 @@ async def _no_decision(bucket: S3Bucket, key: str, content: bytes) -> bytes:
     return content
 
 
-async def _no_rewriting(store: BucketHostedStore, repository: Any, manifest: Any) -> list[str]:
+async def _no_rewriting(writer: ManifestWriter, repository: Any, manifest: Any) -> list[str]:
     digest = manifest.digest
-    if await store._bucket.size(bucket_hosted_store.keys.manifest_key(repository, digest)) is None:
-        return await _write_manifest(store, repository, manifest)
+    if await writer.bucket.size(keys.manifest_key(repository, digest)) is None:
+        return await _write_manifest(writer, repository, manifest)
     return []
 
 
@@ -125,7 +125,7 @@ async def _yes(*arguments: object) -> bool:
     return True
 
 
-_write_manifest = BucketHostedStore._write_manifest
+_write_manifest = ManifestWriter._write_manifest
 _create = S3Bucket.create
 
 
@@ -137,11 +137,11 @@ def _weaken(name: str, patch: pytest.MonkeyPatch) -> None:
         case "no decision":
             patch.setattr(S3Bucket, "create", _no_decision)
         case "no last look":
-            patch.setattr(BucketHostedStore, "_has_all", _yes)
+            patch.setattr(ManifestWriter, "_has_all", _yes)
         case "no second mark":
             patch.setattr(gc_collector.Garbage, "keep_only", lambda self, other: None)
         case "no rewriting":
-            patch.setattr(BucketHostedStore, "_write_manifest", _no_rewriting)
+            patch.setattr(ManifestWriter, "_write_manifest", _no_rewriting)
         case "no age":
             patch.setattr(Survey, "_is_young", lambda self, age: self._first is None and age <= TIMES.shortest_grace)
             patch.setattr("dockerproxy.bucket.gc_survey.plan_repository", _plan_without_ages)

@@ -19,7 +19,8 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.progress import Progress
-from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.repository_check import Finding
+from dockerproxy.store.scrub import scrub
 from tests.e2e.harness import http_client, images
 from tests.e2e.harness.docker_registry import DockerRegistry
 from tests.e2e.harness.forked_daemon import ForkedDaemon

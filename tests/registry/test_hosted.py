@@ -36,7 +36,8 @@ from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress
 from dockerproxy.store.referrers import Referrers
-from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.repository_check import Finding
+from dockerproxy.store.scrub import scrub
 from dockerproxy.store.sweep import sweep
 from dockerproxy.store.uploads import UploadLimits
 from tests.registry.support.synchronous_reactor import SynchronousReactor

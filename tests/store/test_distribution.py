@@ -23,7 +23,8 @@ from dockerproxy.store.importer import import_registry
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.links import Links
 from dockerproxy.store.progress import Progress
-from dockerproxy.store.scrub import Finding, scrub
+from dockerproxy.store.repository_check import Finding
+from dockerproxy.store.scrub import scrub
 from dockerproxy.store.sweep import sweep
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, age_blobs, index
 from tests.store.support.images import image as oci_image

@@ -13,7 +13,7 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, Stopped
-from dockerproxy.store.scrub import Finding, ScrubResult
+from dockerproxy.store.repository_check import Finding, ScrubResult
 from dockerproxy.store.scrub import scrub as scrub_layout
 from tests.store.support.images import BOTH, ONE, descriptor, image, put_image
 

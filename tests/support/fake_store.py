@@ -118,7 +118,8 @@ class FakeStore:
             case "HEAD" if key not in self.objects:
                 return ScriptedResponse(404)
             case "HEAD":
-                response = ScriptedResponse(200)
+                date = datetime.fromtimestamp(self.written[key], UTC)
+                response = ScriptedResponse(200, fields={"last-modified": format_datetime(date, usegmt=True)})
                 response.length = len(self.objects[key])
                 return response
             case "GET" if "list-type" in query:
@@ -134,6 +135,12 @@ class FakeStore:
                 return ScriptedResponse(200, fields={"etag": f'"{hashlib.md5(body).hexdigest()}"'})
             case "PUT" if headers.get("if-none-match") == "*" and key in self.objects and self.knows_conditions:
                 return refusal(412, "PreconditionFailed")
+            case "PUT" if "x-amz-copy-source" in headers:
+                source = unquote(headers.get("x-amz-copy-source") or "").removeprefix("/images/")
+                if source not in self.objects:
+                    return refusal(404, "NoSuchKey")
+                self.store(key, self.objects[source])
+                return xml("CopyObjectResult", "<ETag>x</ETag>")
             case "PUT":
                 self.store(key, body)
                 return ScriptedResponse(200)

@@ -9,9 +9,15 @@ from typing import Any, TypeVar
 
 import pytest
 
-from dockerproxy.errors import BlobUploadBusy, BlobUploadUnknown, DigestInvalid, ManifestBlobUnknown
-from dockerproxy.oci.content import Content
-from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
+from dockerproxy.errors import (
+    BlobUploadBusy,
+    BlobUploadUnknown,
+    DigestInvalid,
+    ManifestBlobUnknown,
+    ManifestNeeded,
+)
+from dockerproxy.oci.content import Content, RemovedImages
+from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST, fallback_tag
 from dockerproxy.oci.names import Digest, Repository, Tag, parse_repository, parse_tag
 from dockerproxy.oci.paging import NamePage, Page
 from dockerproxy.oci.pushed_manifest import PushedManifest
@@ -293,6 +299,52 @@ class HostedStoreSuite(ABC):
         assert self.run(store.manifest(APP, digest)) is None
         self.push_image(store, "x", "1")
         assert self.tags(store) == ["1", "3"]
+
+    def push_index(self, store: HostedStore, tag: str, *children: Digest) -> Digest:
+        document = {
+            "schemaVersion": 2, "mediaType": OCI_INDEX,
+            "manifests": [{"mediaType": OCI_MANIFEST, "digest": str(child), "size": 1} for child in children],
+        }  # fmt: skip
+        index = PushedManifest.parse(json.dumps(document).encode(), None, OCI_INDEX)
+        self.run(store.commit_manifest(APP, index, make_tags(tag)))
+        return index.digest
+
+    def test_removing_an_image_by_force(self, store: HostedStore) -> None:
+        child, other = self.push_image(store, "child", "1", "2"), self.push_image(store, "other")
+        index = self.push_index(store, "both", child, other)
+        with pytest.raises(ManifestNeeded, match=f"the index {APP}:both needs {child}"):
+            self.run(store.remove_manifest(APP, child))
+        assert self.tags(store) == ["1", "2", "both"]
+        assert self.run(store.remove_images(APP, child)) == RemovedImages(tags=2, manifests=1)
+        assert self.run(store.remove_images(APP, child)) == RemovedImages(tags=0, manifests=0)
+        assert self.tags(store) == ["both"]
+        assert self.run(store.manifest(APP, child)) is None
+        assert self.run(store.manifest(APP, index)) is not None
+        assert self.run(store.blob_size(APP, Digest.of(b"child"))) == 5, "gc deletes it"
+
+    def test_removing_a_referrer_and_its_subject(self, store: HostedStore) -> None:
+        subject = self.push_image(store, "subject", "v1")
+        signature = self.push_image(store, "signature", fallback_tag(subject) + ".sig", subject=subject)
+        assert self.referrers(store, subject) == [str(signature)]
+        assert self.run(store.remove_images(APP, subject)) == RemovedImages(tags=1, manifests=1)
+        assert self.tags(store) == [fallback_tag(subject) + ".sig"], "gc deletes it, and what it leads to"
+        assert self.run(store.remove_images(APP, signature)) == RemovedImages(tags=1, manifests=1)
+        assert self.referrers(store, subject) == []
+
+    def test_removing_a_repository(self, store: HostedStore) -> None:
+        child = self.push_image(store, "child", "1", "2")
+        self.push_index(store, "both", child)
+        self.push_image(store, "signature", fallback_tag(child) + ".sig", subject=child)
+        self.push_image(store, "elsewhere", "1", repository=OTHER)
+        self.push_image(store, "below", "1", repository=parse_repository(f"{APP}/below"))
+        assert self.run(store.remove_images(APP)) == RemovedImages(tags=4, manifests=3)
+        assert self.tags(store) == []
+        assert self.run(store.manifest(APP, child)) is None
+        assert self.run(store.repositories(ALL)).names == [OTHER, f"{APP}/below"]
+        assert self.run(store.remove_images(APP)) == RemovedImages(tags=0, manifests=0)
+        assert self.push_image(store, "child", "1") == child
+        assert self.tags(store) == ["1"]
+        assert self.referrers(store, child) == []
 
     # lists
 
