@@ -122,6 +122,7 @@ class _GCRun:
     _run: int = field(default=0, init=False)
     _renewed: float = field(default=0.0, init=False)  # when the last `begun` was sent that the store has
     _garbage: Garbage = field(factory=Garbage, init=False)
+    _condemned: frozenset[DigestText] = field(default=frozenset(), init=False)  # contents that were published
     _problems: list[str] = field(factory=list, init=False)
     _counts: Counter[str] = field(factory=Counter, init=False)
     _last_unanswered: float | None = field(default=None, init=False)  # when a DELETE was sent that nobody answered
@@ -254,6 +255,7 @@ class _GCRun:
 
     async def _publish(self) -> None:
         lines = sorted({entry.encode() for entry in self._garbage.entries()})
+        self._condemned = frozenset(self._garbage.contents)
         await self._bucket.put(condemned_key(self._run), b"\n".join(lines))
 
     async def _end(self) -> None:
@@ -336,9 +338,10 @@ class _GCRun:
             for text in texts:
                 if text in garbage.contents:
                     places.setdefault(text, []).append(repository)
-                elif text not in garbage.manifests.get(repository, ()):  # that entry is decided already
+                # The entry of a manifest is decided already, and a link to a content that stays has none.
+                elif text not in garbage.manifests.get(repository, ()) and text not in self._condemned:
                     links.append((repository, text))
-        self._total -= sum(map(len, places.values()))  # they go with their contents
+        self._total = self._done + len(links) + len(garbage.contents) + len(garbage.catalog)
         await self._each(links, lambda item: self._sweep_link(*item))
         contents = ((text, size, places.get(text, ())) for text, size in garbage.contents.items())
         await self._each(contents, lambda item: self._sweep_content(*item))

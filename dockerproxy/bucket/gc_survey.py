@@ -48,11 +48,12 @@ class Garbage:
     catalog: set[Repository] = field(factory=set)
 
     def entries(self) -> Iterator[str]:
-        """Yield the entries. That of a link and that of a manifest may be the same."""
+        """Yield the entries. That of a content is also that of the links to it."""
         yield from map(content_entry, self.contents)
-        for links in (self.links, self.manifests):
-            for repository, digests in links.items():
-                yield from (link_entry(repository, digest) for digest in digests)
+        for repository, links in self.links.items():
+            yield from (link_entry(repository, text) for text in links if text not in self.contents)
+        for repository, manifests in self.manifests.items():
+            yield from (link_entry(repository, text) for text in manifests)
         for repository, tags in self.tags.items():
             yield from (tag_entry(repository, tag) for tag in tags)
         yield from map(catalog_entry, self.catalog)
@@ -71,18 +72,19 @@ class Garbage:
         self.catalog &= other.catalog
 
     def limit(self, count: int) -> int:
-        """Leave at most `count` entries of contents and links beside the others. Return how many were left out."""
+        """Leave at most `count` entries. Return how many contents and links were left out."""
         self.catalog = set(sorted(self.catalog)[:count])
         others = sum(map(len, self.manifests.values())) + sum(map(len, self.tags.values())) + len(self.catalog)
         room = max(0, count - others)
-        left_out = 0
+        dropped = set(sorted(self.contents)[room:])
+        room, left_out = max(0, room - len(self.contents)), len(dropped)
         for repository, links in list(self.links.items()):
-            kept = set(sorted(links)[:room])
-            room, left_out = room - len(kept), left_out + len(links) - len(kept)
-            self.links[repository] = kept
-        for text in sorted(self.contents)[room:]:
+            alone = sorted(links - self.contents.keys())
+            kept, room = alone[:room], max(0, room - len(alone))
+            left_out += len(alone) - len(kept)
+            self.links[repository] = (links & self.contents.keys()) - dropped | set(kept)
+        for text in dropped:
             del self.contents[text]
-            left_out += 1
         return left_out
 
 
