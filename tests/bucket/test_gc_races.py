@@ -27,9 +27,9 @@ BLOB, OTHER_BLOB, LAYER = b"config", b"another config", b"a layer of both"
 IMAGE, OTHER_IMAGE = make_image(BLOB, LAYER), make_image(OTHER_BLOB, LAYER)
 V1, V2 = parse_tag("v1"), parse_tag("v2")
 
-STRIDE = int(os.environ.get("GC_RACES_STRIDE", "17"))
+STRIDE = int(os.environ.get("GC_RACES_STRIDE", "29"))
 """Each so manieth order of two processes is tried. 1 takes a minute."""
-SEEDS = int(os.environ.get("GC_RACES_SEEDS", "8"))
+SEEDS = int(os.environ.get("GC_RACES_SEEDS", "6"))
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def interleavings(untagged: bool, stride: int = 1, start: int = 0) -> Iterator[W
 @pytest.mark.parametrize("untagged", [False, True], ids=["blobs", "untagged"])
 def test_a_push_in_the_middle_of_a_run(untagged: bool) -> None:
     worlds = list(interleavings(untagged, STRIDE))
-    assert len(worlds) > 40
+    assert len(worlds) > 25
     assert not [world.lost() for world in worlds if world.lost()]
     acknowledged = [world for world in worlds if world.acknowledged]
     assert len(acknowledged) > len(worlds) / 4
@@ -195,7 +195,7 @@ def pushes_first(untagged: bool, stride: int = 1) -> Iterator[World]:
 @pytest.mark.parametrize("untagged", [False, True], ids=["blobs", "untagged"])
 def test_a_run_in_the_middle_of_a_push(untagged: bool) -> None:
     worlds = list(pushes_first(untagged, STRIDE))
-    assert len(worlds) > 40
+    assert len(worlds) > 25
     assert not [world.lost() for world in worlds if world.lost()]
     assert len([world for world in worlds if world.acknowledged]) > len(worlds) / 4
 
