@@ -735,6 +735,22 @@ def test_an_error_inside_is_no_answer_to_a_stranger(world: World) -> None:
     assert SECRET not in failed.value.message
 
 
+def test_an_answer_that_is_too_long_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message to another process has a bound, and its connection would end."""
+    monkeypatch.setattr("dockerproxy.admin.overview._MAX_ANSWER", 100)
+    with pytest.raises(OverviewError, match="the answer is too long; ask for a smaller page"):
+        world.get("overview")
+
+
+def test_limits_of_logins_are_for_administrators(world: World) -> None:
+    async def budget() -> dict[str, Any]:
+        return {"limits": [{"registry": "docker.io", "limit": 200, "login": login} for login in (None, "deploy")]}
+
+    world.local.sources.budget = budget
+    assert len(world.get("budget", ADMIN)["limits"]) == 2
+    assert world.get("budget", ANONYMOUS)["limits"] == [{"registry": "docker.io", "limit": 200}]
+
+
 def test_every_answer_fits_into_a_message(world: World) -> None:
     """The most of everything: repositories with the longest names, tags, layers, platforms and downloads."""
     part = world.board.for_process(0)

@@ -156,3 +156,24 @@ def test_any_name_is_whole_or_not_there(name: str, done: int, size: int | None) 
         [row] = board.rows()
         assert (row.repository, row.done, row.size) == (name, done, size)
     assert entry is not None or len(name.encode()) > 1000
+
+
+def test_a_name_that_is_too_long_is_not_shown_and_harms_no_other() -> None:
+    board = Board.make(1)
+    part = board.for_process(0)
+    for name in ("ghcr.io/a/one", "ghcr.io/a/two"):
+        assert part.add(name, DIGEST, 5, private=False) is not None
+    part.clear()
+    before = bytes(board._words)
+    assert part.add("ghcr.io/" + "x" * 2000, DIGEST, 5, private=False) is None
+    assert bytes(board._words) == before and board.rows() == []
+
+
+def test_an_entry_that_another_download_takes_over_is_not_mixed_up() -> None:
+    board = Board.make(1)
+    part = board.for_process(0)
+    assert part.add("ghcr.io/a/new", DIGEST, 5, private=True) is not None
+    [start] = part._entries()
+    identifier = board._words[start]
+    assert board._read(0, start, identifier) is not None
+    assert board._read(0, start, identifier + 1) is None

@@ -189,11 +189,33 @@ def test_what_is_kept_is_what_pins_consist_of(tmp_path_factory: pytest.TempPathF
         assert harness.pins.bytes == 0
 
 
-def test_the_number_of_pins_is_bounded(harness: PinsHarness) -> None:
-    for number in range(MAX_PINS):
+def test_the_number_of_pins_is_bounded(harness: PinsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dockerproxy.cache.pins.MAX_PINS", 3)
+    for number in range(3):
         harness.set(ImageName.parse(f"app-{number}"))
-    with pytest.raises(Denied, match="1000 images are pinned already"):
+    with pytest.raises(Denied, match="3 images are pinned already"):
         harness.set(NGINX)
+    harness.set(ImageName.parse("app-0"), 1)
+
+
+def test_the_parts_of_a_pin_are_bounded(harness: PinsHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dockerproxy.cache.pins.MAX_CONTENTS", 3)
+    harness.set(NGINX, 1, 2, 3)
+    with pytest.raises(Denied, match="consists of 4 parts; a pin may have 3"):
+        harness.set(NGINX, 1, 2, 3, 4)
+    assert harness.kept == {digest(1), digest(2), digest(3)}
+
+
+@pytest.mark.parametrize(
+    ("refreshed", "error", "is_due"),
+    [
+        (None, "", True), (1000.0, "", False), (901.0, "", False), (900.0, "", True), (1000.0, "it failed", True),
+        (1001.0, "", True),  # by a clock that was wrong
+    ],
+    ids=["never", "now", "lately", "long-ago", "failed", "later"],
+)  # fmt: skip
+def test_when_a_pin_is_due(refreshed: float | None, error: str, is_due: bool) -> None:
+    assert Pin(NGINX, refresh=100.0, refreshed=refreshed, error=error).is_due(1000.0) is is_due
 
 
 # PIN_FILE

@@ -137,6 +137,14 @@ def test_what_one_client_can_cause_is_bounded(harness: Harness) -> None:
     assert max(len(json.dumps(report)) for report in harness.reports) < 192 * 1024
 
 
+def test_the_bound_of_a_client_is_that_of_a_minute(harness: Harness) -> None:
+    for number in range(300):
+        harness.note(f"manifests/{number}", status=404)
+    assert len(harness.rows()) == 250
+    harness.note("manifests/1.29", status=404)
+    assert len(harness.rows()) == 251
+
+
 def test_a_process_that_stops_reports_what_it_has(harness: Harness) -> None:
     harness.note("manifests/1.29")
     harness.gatherer.flush()

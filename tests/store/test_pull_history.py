@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from attrs import define, field
 
-from dockerproxy.store import journal
+from dockerproxy.store import daily_pulls, journal
 from dockerproxy.store.daily_pulls import CountedPull, DailyPulls, Popularity
 from dockerproxy.store.journal import Journal
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
@@ -214,6 +214,16 @@ def test_the_counts_of_a_day_are_bounded(harness: Harness) -> None:
     assert len(counts.pulls()) == 5000
     counts.add(CountedPull("docker.io/library/0", f"client {number}", 1, is_public=True) for number in range(5000))
     assert counts.of("docker.io/library/0") == Popularity(5001, 2000)
+
+
+def test_the_clients_of_a_day_are_bounded(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daily_pulls, "_MAX_CLIENTS", 10)
+    counts = harness.history.counts
+    for repository in ("a", "b", "c"):
+        counts.add(CountedPull(repository, f"192.0.2.{number}", 1, is_public=True) for number in range(4))
+    assert [counts.of(repository) for repository in ("a", "b", "c")] == [
+        Popularity(4, 4), Popularity(4, 4), Popularity(4, 2),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ def test_there_is_a_bound() -> None:
     assert tombstones.find(digests[-1]) is not None
 
 
+def test_the_middle_of_a_record_is_no_digest() -> None:
+    tombstones = Tombstones()
+    tombstones.note_evicted([(ONE, 5.0)], NOW, made_room=True)
+    start, end, size = module._DIGESTS
+    within = bytes(tombstones._memory[start + 3 : start + 19])
+    assert tombstones._find(within, start, end, size) is None
+    tombstones._memory[start + 2 * size : start + 2 * size + 16] = within
+    assert tombstones._find(within, start, end, size) == start + 2 * size
+
+
 def test_they_survive_a_restart(tmp_path: Path) -> None:
     path, tombstones = f"{tmp_path}/history/evicted", Tombstones()
     tombstones.load(path)
