@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dockerproxy import terminal
 from dockerproxy.terminal import format_count, format_seconds, print_line, print_table, printable
 
 
@@ -58,3 +59,10 @@ def test_short_times(seconds: float, text: str) -> None:
 )
 def test_plurals(number: int, noun: str, text: str) -> None:
     assert format_count(number, noun) == text
+
+
+def test_a_table_on_a_terminal_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal._print_rich_table(("NAME",), [("a\x1b]0;title\x07b [red]c",)])
+    output = capsys.readouterr().out
+    assert "\\x1b]0;title\\x07b [red]c" in output
+    assert all(character.isprintable() or character == "\n" for character in output)
