@@ -30,7 +30,7 @@ DIGEST = f"sha256:{'a' * 64}"
 def test_a_row(fields: dict[str, Any], cells: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     print_rows([{**ROW, **fields}], with_repository=True)
     header, line = capsys.readouterr().out.splitlines()
-    assert header.split() == ["WHEN", "CLIENT", "IMAGE", "BECAME", "BECAUSE"]
+    assert header.split() == ["WHEN", "CLIENT", "IMAGE", "RESULT", "REASON"]
     for cell in cells:
         assert cell in line
 
