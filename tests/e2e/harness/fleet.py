@@ -82,9 +82,8 @@ def running_fleet(
         addresses = {**upstreams.addresses, "fake.test:443": free_port()}
         unreachable.environment["UPSTREAM_ADDRESSES"] = format_upstream_addresses(addresses)
     try:
-        members[0].start()  # before the others, because it creates the CA
-        with ThreadPoolExecutor(size) as pool:
-            list(pool.map(MemberDaemon.start, members[1:]))
+        for member in members:  # one after the other, because the first creates the CA
+            member.start()
         yield DaemonFleet(members)
         for member in members:
             member.check_log(upstreams.secrets)
