@@ -62,8 +62,9 @@ test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported v
 	.venv-oldest/bin/python -m pytest -ra --numprocesses=auto --ignore=tests/e2e --ignore=tests/hostile --ignore=tests/bench
 
 # A test drops packets between members, for which it needs a network of its own.
-test-fleet: .venv/made-test ## run the tests of FLEET: many members in one process, real daemons, FLEET_CHAOS=20 seconds of chaos
-	.venv/bin/python -m pytest -ra tests/fleet tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py
+test-fleet: .venv/made-test ## run the tests of FLEET and of buckets, FLEET_CHAOS=20 seconds of chaos, BUCKET_KILLS=6 seconds of kills
+	.venv/bin/python -m pytest -ra tests/fleet tests/bucket tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py \
+	    tests/e2e/test_bucket*.py tests/e2e/test_store_bad_days.py
 
 test-conformance: .venv/made-test ## run the OCI conformance suite SUITE=PATH against the hosted registry
 	@.venv/bin/python -m tests.conformance.run $(SUITE)

@@ -1,4 +1,4 @@
-"""Garbage collection in a bucket of SeaweedFS, by the command, on two daemons, with a collector that is killed."""
+"""Garbage collection in a bucket, by the command, on two daemons, with a collector that is killed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from dockerproxy.oci.names import Digest
 from tests.e2e.harness import images
 from tests.e2e.harness.docker_registry import DockerRegistry
 from tests.e2e.harness.multi_process import child_pids
-from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY
+from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
-from tests.e2e.harness.seaweedfs import SeaweedFS
 from tests.e2e.test_bucket import check_pull, command_line, get, push, run_command
 
 pytestmark = pytest.mark.slow
@@ -33,14 +32,14 @@ BUCKET = "collected"
 WASTE = 300
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    with SeaweedFS(tmp_path_factory.mktemp("store")).run() as store:
-        yield store
+@pytest.fixture(scope="module", params=["seaweedfs", "ceph"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    store: ObjectStore = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture
-def nodes(store: SeaweedFS, tmp_path: Path) -> Iterator[list[RegistryDaemon]]:
+def nodes(store: ObjectStore, tmp_path: Path) -> Iterator[list[RegistryDaemon]]:
     settings = store.settings(store.make_bucket(BUCKET))
     settings["REGISTRY_STORE"] += f"&gc_time_scale={SCALE}"
     nodes = [RegistryDaemon(tmp_path / name, settings) for name in ("first", "second")]
@@ -66,7 +65,7 @@ def find_collector(node: RegistryDaemon) -> int | None:
 
 
 def test_a_collector_is_killed_and_the_next_one_ends_its_run(
-    store: SeaweedFS, nodes: list[RegistryDaemon], tmp_path: Path
+    store: ObjectStore, nodes: list[RegistryDaemon], tmp_path: Path
 ) -> None:
     require_programs("docker-registry")
     first, second = nodes
