@@ -517,7 +517,7 @@ def test_chaos(upstreams: Upstreams, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     A client whose member dies asks another one, as behind a balancer. FLEET_CHAOS is the time in seconds.
     """
-    seconds = float(os.environ.get("FLEET_CHAOS", "20"))
+    seconds = float(os.environ.get("FLEET_CHAOS", "10"))
     contents = [images.random_bytes(MIB, f"fleet, chaos {number}") for number in range(24)]
     digests = [upstreams.fake.put_blob("fleet/chaos", data) for data in contents]
     ended, random = threading.Event(), Random(seconds)

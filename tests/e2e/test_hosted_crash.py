@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import random
 import threading
 import time
@@ -29,7 +30,7 @@ from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 
 RUN_COUNT = 3
-KILL_COUNT = 80
+KILL_COUNT = int(os.environ.get("HOSTED_KILLS", "30"))
 """Kills of the daemon in each run; each takes a quarter of a second."""
 WRITER_COUNT = 3
 MAX_OPERATIONS_BEFORE_KILL = 5  # operations that the writers complete between the start and a kill

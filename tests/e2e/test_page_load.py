@@ -100,7 +100,7 @@ class ViewReader:
 def test_a_hundred_viewers(upstreams: Upstreams, start_daemon: StartDaemon, record_property: Any) -> None:
     """They cost little, with nothing to tell and with a download that moves every second. There is no room for more."""
     daemon = start_daemon(WORKERS="1")
-    blob = upstreams.fake.put_blob("load/moving", images.random_bytes(24 * MIB, "moving"))
+    blob = upstreams.fake.put_blob("load/moving", images.random_bytes(10 * MIB, "moving"))
     upstreams.fake.add_rule("GET", blob, throttled(2 * MIB))
 
     def measure(seconds: float) -> float:
@@ -112,18 +112,18 @@ def test_a_hundred_viewers(upstreams: Upstreams, start_daemon: StartDaemon, reco
     with ExitStack() as stack:
         pull = threading.Thread(target=daemon.client.get, args=(f"{FAKE}/v2/load/moving/blobs/{blob}",))
         stack.callback(pull.join)
-        alone = measure(4)
+        alone = measure(1)
         views = open_views(stack, daemon, 100)
         reader = stack.enter_context(ViewReader(views))
         wait_until(lambda: all(size > 500 for size in reader.sizes.values()), "all viewers have the state")
         assert set(reader.starts.values()) == {b"HTTP/1.1 200"}
         (late,) = open_views(stack, daemon, 1)
         assert late.recv(12) == b"HTTP/1.1 503"
-        idle = measure(6)
+        idle = measure(3)
         before = dict(reader.sizes)
         pull.start()
         wait_until(lambda: all(reader.sizes[view] > before[view] for view in views), "all see the download")
-        moving = measure(6)
+        moving = measure(3)
     record_property("percent of a core without viewers", round(100 * alone, 1))
     record_property("percent of a core with 100 viewers", round(100 * idle, 1))
     record_property("percent of a core with 100 viewers of a download", round(100 * moving, 1))
