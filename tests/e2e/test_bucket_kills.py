@@ -335,6 +335,9 @@ def test_nothing_acknowledged_is_lost(
         while not counts["collected blobs"]:  # a killed one counts as alive for some seconds
             counts[collect(pushes, node, collectors, kills=False)] += 1
         lost = [*pushes.lost, *find_losses(pushes, tmp_path / "fresh", settings)]
+    if SECONDS > 60:  # a process ends with the thread that started it, and others need this one
+        seaweedfs.kill()
+        seaweedfs.start()
     with capsys.disabled():
         print(f"\n{SECONDS:g} s of kills: {dict(counts)}, {len(pushes.expected)} images checked, {len(lost)} lost")
     assert lost == []
