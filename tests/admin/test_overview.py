@@ -737,7 +737,7 @@ def test_an_error_inside_is_no_answer_to_a_stranger(world: World) -> None:
 
 def test_an_answer_that_is_too_long_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A message to another process has a bound, and its connection would end."""
-    monkeypatch.setattr("dockerproxy.admin.overview._MAX_ANSWER", 100)
+    monkeypatch.setattr("dockerproxy.admin.local_overview._MAX_ANSWER", 100)
     with pytest.raises(OverviewError, match="the answer is too long; ask for a smaller page"):
         world.get("overview")
 
