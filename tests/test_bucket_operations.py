@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("botocore", reason="botocore is not installed (python3-botocore)")
-
-from bench.servers import free_port
 
 ROOT = Path(__file__).parent.parent
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -48,7 +47,9 @@ def test_bad_settings_and_options(
 
 
 def test_a_store_that_does_not_answer() -> None:
-    store = f"s3://images?endpoint=http://127.0.0.1:{free_port()}"
-    (event,) = run({}, {"REGISTRY_STORE": store, **KEYS})
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        store = f"s3://images?endpoint=http://127.0.0.1:{nobody_listens.getsockname()[1]}"
+        (event,) = run({}, {"REGISTRY_STORE": store, **KEYS})
     assert (event["event"], event["code"]) == ("error", "STORE")
     assert "the bucket images" in event["message"] and "cannot be reached" in event["message"]
