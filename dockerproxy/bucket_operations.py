@@ -38,6 +38,7 @@ from dockerproxy.operations import (
     OperationFailed,
     default_memory_limit,
     limit_resources,
+    removal_progress,
     run,
     send_finding,
     send_skipped,
@@ -45,7 +46,6 @@ from dockerproxy.operations import (
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress
-from dockerproxy.store.sweep import RemovedItem
 
 BucketOperation = Callable[..., Coroutine[Any, Any, Any]]
 """Runs an operation for the `Daemon`, with a reactor, a bucket and options. Return an attrs object for the result."""
@@ -62,13 +62,8 @@ async def collect_garbage(
     list: bool = True,
 ) -> Any:
     """Run ``gc``. Send the removed items if `list` is true."""
-
-    def send_item(item: RemovedItem) -> None:
-        if list:
-            daemon.send("removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size)
-
     options = GCOptions(delete_untagged=delete_untagged, dry_run=dry_run, grace=grace)
-    return await collect(reactor, bucket, options, Progress(daemon.report, send_item), boot_time)
+    return await collect(reactor, bucket, options, removal_progress(daemon, is_listed=list), boot_time)
 
 
 async def check(daemon: Daemon, reactor: Any, bucket: S3Bucket, *, links: bool = True, sparse: bool = False) -> Any:

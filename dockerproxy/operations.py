@@ -118,20 +118,24 @@ def collect_garbage(
     list: bool = True,
 ) -> Any:
     """Run ``gc``. Send the removed items if `list` is true."""
-
-    def send_item(item: RemovedItem) -> None:
-        if list:
-            daemon.send("removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size)
-
-    progress = Progress(daemon.report, send_item)
     return sweep(
         Layout(Path(root)),
         delete_untagged=delete_untagged,
         dry_run=dry_run,
         grace=grace,
-        progress=progress,
+        progress=removal_progress(daemon, is_listed=list),
         lock=daemon.lock,
     )
+
+
+def removal_progress(daemon: Daemon, *, is_listed: bool) -> Progress[RemovedItem]:
+    """Return the progress of ``gc``, which sends the removed items if `is_listed`."""
+
+    def send_item(item: RemovedItem) -> None:
+        if is_listed:
+            daemon.send("removed", kind=item.kind, digest=str(item.digest), repository=item.repository, size=item.size)
+
+    return Progress(daemon.report, send_item)
 
 
 def send_skipped(daemon: Daemon, item: Skipped) -> None:
