@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, DeferredLock
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from dockerproxy.bounded_dict import BoundedDict
@@ -185,6 +186,7 @@ class BlobDownload:
         self._board = resources.board
         self._board_entry: BoardEntry | None = None
         self._posted_at = 0.0
+        self._next_post: IDelayedCall | None = None
         self.key = principal.repository.ingest_key(digest)
         self.repository = principal.repository
         self.digest = digest
@@ -351,10 +353,11 @@ class BlobDownload:
         self._attendants += 1
         if self._unread_timer.active():
             self._unread_timer.cancel()
-        self._post_if_due()
+        self._post_soon()
 
     def _leave(self) -> None:
         self._attendants -= 1
+        self._post_soon()
         if not self._attendants and not self.state.is_end:
             self._unread_since, self._unread_from = self._reactor.seconds(), self.written
             self._unread_timer = self._reactor.callLater(_MAX_UNREAD_TIME, self._end_if_unread)
@@ -648,7 +651,7 @@ class BlobDownload:
     def _grow(self, size: int) -> None:
         """Record that the file now has `size` bytes, and wake the readers."""
         self.written = size
-        self._post_if_due()
+        self._post_soon()
         self._wake()
 
     def _change_state(self, state: DownloadState) -> None:
@@ -658,13 +661,22 @@ class BlobDownload:
         self._post()
         self._wake()
 
-    def _post_if_due(self) -> None:
-        if self._reactor.seconds() - self._posted_at >= POST_INTERVAL:
+    def _post_soon(self) -> None:
+        """Write to the board within `POST_INTERVAL`, also if upstream sends nothing more."""
+        if self._next_post is not None or self.state.is_end:
+            return
+        wait = self._posted_at + POST_INTERVAL - self._reactor.seconds()
+        if wait > 0:
+            self._next_post = self._reactor.callLater(wait, self._post)
+        else:
             self._post()
 
     def _post(self) -> None:
         """Write to the board how far the download is, unless upstream has not responded."""
         self._posted_at = self._reactor.seconds()
+        if self._next_post is not None and self._next_post.active():
+            self._next_post.cancel()
+        self._next_post = None
         if self.state.is_pending or self.state.is_end:
             return
         if self._board_entry is None:

@@ -47,6 +47,20 @@ def test_a_download_is_on_the_board_until_it_ends(make_harness: Callable[..., Ca
     assert harness.board.is_complete(row.id)
 
 
+def test_a_download_whose_upstream_hangs(make_harness: Callable[..., CacheHarness]) -> None:
+    """What came within the second after the last update is shown, although nothing more comes."""
+    harness = make_harness()
+    start(harness)
+    assert (only_row(harness).done, only_row(harness).readers) == (0, 1)
+    second = harness.start(harness.fetch_later(DIGEST))
+    harness.upstream.responses[-1].send(300_000)
+    harness.advance(1.2)
+    assert (only_row(harness).done, only_row(harness).readers) == (300_000, 2)
+    second.cancel()
+    harness.advance(1.2)
+    assert only_row(harness).readers == 1
+
+
 def test_a_download_that_failed_is_not_complete(make_harness: Callable[..., CacheHarness]) -> None:
     harness = make_harness()
     start(harness)
