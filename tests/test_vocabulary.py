@@ -70,6 +70,20 @@ def test_no_sentence_begins_without_its_subject() -> None:
     assert found == []
 
 
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "man/*", "dockerproxy/page/templates/*", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_sentence_for_users_begins_without_its_subject(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    beginning = re.compile(rf"(?:^[\s>|*#-]*|[.?!|>]\s+){BAD_BEGINNING.pattern}.*", re.MULTILINE)
+    assert [match.group() for match in beginning.finditer(text)] == []
+
+
 @pytest.mark.parametrize("folder", ["dockerproxy", "tests", "bench"])
 def test_prose_is_near_the_models(folder: str) -> None:
     text = " ".join(text for path in FILES if path.is_relative_to(ROOT / folder) for _, text in prose(path))

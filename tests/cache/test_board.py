@@ -48,7 +48,7 @@ def test_a_download_is_on_the_board_until_it_ends(make_harness: Callable[..., Ca
 
 
 def test_a_download_whose_upstream_hangs(make_harness: Callable[..., CacheHarness]) -> None:
-    """What came within the second after the last update is shown, although nothing more comes."""
+    """Bytes and clients that came within the second after an update are shown, although nothing more comes."""
     harness = make_harness()
     start(harness)
     assert (only_row(harness).done, only_row(harness).readers) == (0, 1)

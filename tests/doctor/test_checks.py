@@ -74,7 +74,7 @@ def test_the_number_of_findings_is_bounded() -> None:
 
 
 def test_what_is_known_of_now_counts_more() -> None:
-    down = Diagnosis("registry", "quay.io", BAD, "quay.io does not answer since 14:02")
+    down = Diagnosis("registry", "quay.io", BAD, "quay.io has not answered since 14:02")
     found = Diagnosis("registry", "quay.io", OK, "quay.io answers in 0.1 s")
     name = Diagnosis("name", "x", WARN, "x has no address")
     assert merge([down], [found, name]) == [down, name]

@@ -67,7 +67,7 @@ TRANSFERS = [
     ("t3", "registry.k8s.io/kube-proxy", "v1.36.2", 1, 3, "linux/arm64", 31, 9, 11, 8),
 ]
 FINDINGS = [
-    ("registry", "bad", "quay.io does not answer: connection timed out", "Since 14:02. What is cached keeps being "
+    ("registry", "bad", "quay.io does not answer: connection timed out", "Since 14:02. Cached images are still "
      "served: 31 answers were stale, and 2 images could not be had.", True),
     ("budget", "warn", "Docker Hub's budget is used up in about 40 minutes", "34 of 100 pulls are left, 52 were used "
      "in the last hour. A login for auth.docker.io in AUTH_REGISTRIES raises it to 200.", False),
@@ -189,8 +189,8 @@ class DemoOverview:
                     "total": {**sums(10**7, 42e12, 3.8e12, 99, 0.909), "since": NOW - 300 * DAY},
                     "cache": {"bytes": int(212e9), "limit": int(256e9), "idle_age": 41 * DAY + 5},
                     "budget": [limit(viewer)],
-                    "notices": [{"level": "bad", "registry": "quay.io", "text": "quay.io does not answer since 14:02. "
-                                 "What is cached keeps being served; 2 images could not be had.", "advice": ""}]
+                    "notices": [{"level": "bad", "registry": "quay.io", "text": "quay.io does not answer. "
+                                 "Cached images are served; 2 could not be had.", "advice": ""}]
                     if self.down else [],
                     "transfers": [transfer(row, viewer) for row in TRANSFERS],
                     "registries": [registry(row, viewer) for row in rows],
