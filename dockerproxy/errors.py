@@ -216,8 +216,8 @@ class UpstreamUnreachable(UpstreamError):
 class CertificateRejected(UpstreamUnreachable):
     """The server has a certificate that is not to be trusted, or one for another name."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "tls")
+    def __init__(self, message: str, *, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message, "tls", headers=headers)
 
 
 class UpstreamTimeout(UpstreamError):
