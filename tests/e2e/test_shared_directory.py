@@ -27,7 +27,7 @@ def machines(tmp_path: Path) -> Iterator[tuple[TwistdDaemon, TwistdDaemon]]:
         for name in ("first", "second"):
             stack.enter_context(mount_fuse(tmp_path / name, tmp_path / "files"))
             settings = {"REGISTRY_DIR": str(tmp_path / name / "registry"), "WORKERS": "1"}
-            daemons.append(TwistdDaemon(tmp_path / f"{name}-disk", settings))
+            daemons.append(TwistdDaemon(tmp_path / f"{name[0]}", settings))
             stack.callback(daemons[-1].kill)
         yield daemons[0], daemons[1]
 
