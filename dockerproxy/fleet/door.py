@@ -198,12 +198,21 @@ class FleetDoor:
         return self._serve(request, lambda: self.intercepted_for(self._open(hop)).handle(server, request))
 
     def _hop(self, request: Request) -> Hop | None:
-        """Return the hop if the sender is a member, else None."""
+        """Return the hop if the sender is a member, else None.
+
+        Raise `NotCached` for a stranger that asks for what is here only. If its list of members differs from ours, it
+        may be a member by its own, and would wait for us while we wait for it.
+        """
         value = request.headers.joined(_FIELD)
         hop = None if value is None or request.method not in ("GET", "HEAD") else parse_hop(value)
-        if hop is None or hop.sender not in self.members.names or not _is_from(request.peer, hop.sender):
+        if hop is None:
             return None
-        return hop
+        if hop.sender in self.members.names and _is_from(request.peer, hop.sender):
+            return hop
+        if hop.kind is HopKind.FORMER:
+            _mark(request, OWN_WORD)
+            raise NotCached(f"FLEET has no {hop.sender} with the address {request.peer}")
+        return None
 
     def _relay(self, request: Request, hop: Hop) -> str | None:
         """Return the member that sends the blob in place of this one, None if this one does.

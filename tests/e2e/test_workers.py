@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -172,11 +173,16 @@ def test_metrics_are_aggregated(upstreams: Upstreams, start_daemon: StartMultiPr
     request_from_each_process()
     request_from_each_process()
     wait_until(lambda: count_hits() == {2 * WORKERS - 1}, "all requests are counted")
-    scraped = scrape_each_process()
-    # A process reports its new links and records after a few seconds.
-    assert {metrics.pop("dockerproxy_cache_bytes") % 4096 for metrics in scraped} == {len(b"content")}
-    first_metrics, *other_metrics = scraped
-    assert other_metrics == [first_metrics] * (WORKERS - 1)
+    scraped: list[dict[str, float]] = []
+
+    def all_report_the_same() -> bool:
+        scraped[:] = scrape_each_process()
+        # A process reports its new links and records after a few seconds.
+        sizes = {metrics.pop("dockerproxy_cache_bytes") % 4096 for metrics in scraped}
+        return sizes == {len(b"content")} and scraped == scraped[:1] * WORKERS
+
+    wait_until(all_report_the_same, "all processes report the same")
+    first_metrics = scraped[0]
     assert first_metrics['dockerproxy_requests_total{kind="blob",registry="fake.test",verdict="MISS"}'] == 1
     sent = len(b"content") * (2 * WORKERS - 1)
     assert first_metrics['dockerproxy_sent_bytes_total{registry="fake.test",verdict="HIT"}'] == sent
@@ -981,8 +987,9 @@ def test_systemd_socket_activation(upstreams: Upstreams, start_daemon: StartMult
         "LISTEN_FDNAMES": "proxy:http",
         "NOTIFY_SOCKET": str(tmp_path / "notify"),
     }
-    descriptors = (proxy_socket.fileno(), http_socket.fileno())
-    script = f'export LISTEN_PID=$$; exec 23<&{descriptors[0]} 24<&{descriptors[1]} 3<&23 4<&24; exec "$@"'
+    # Far above those that the shell gives to the daemon.
+    descriptors = [fcntl.fcntl(passed, fcntl.F_DUPFD, 100) for passed in (proxy_socket, http_socket)]
+    script = f'export LISTEN_PID=$$; exec 3<&{descriptors[0]} 4<&{descriptors[1]}; exec "$@"'
     for descriptor in descriptors:
         os.set_inheritable(descriptor, True)
     log = (tmp_path / "daemon/log").open("ab")

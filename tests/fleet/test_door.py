@@ -145,6 +145,12 @@ def test_everybody_else_is_a_client(harness: DoorHarness, hop: Hop | str, addres
     assert harness.opened == []
 
 
+def test_a_former_owner_whose_list_differs_does_not_wait(harness: DoorHarness) -> None:
+    """It would ask its own former owner, and so on in a circle, until all of them have waited for FLEET_TIMEOUT."""
+    response = harness.fetch(Hop("10.9.9.9:3128", kind=HopKind.FORMER), "10.9.9.9")
+    assert (response.status, response.fields("X-Fleet-Answer"), harness.opened) == (504, ["own"], [])
+
+
 def test_a_member_that_pushes_is_a_client(harness: DoorHarness) -> None:
     response = harness.connect().fetch("PUT", BLOB, [("CDN-Loop", str(Hop(MEMBER)))], b"")
     assert response.body == b"as a client"
