@@ -265,6 +265,7 @@ def test_links_come_last(source: HostedTree, fake: FakeStore, tmp_path: Path) ->
 def test_a_stopped_import_can_be_repeated(source: HostedTree, fake: FakeStore, tmp_path: Path) -> None:
     reports: list[Any] = []
     import_into(make_store(), source.layout.root, tmp_path / "staging", report=lambda *state: reports.append(state))
+    stops = 0
     for stop_after in range(0, len(reports), 7):
         calls = iter(range(stop_after))
 
@@ -272,8 +273,12 @@ def test_a_stopped_import_can_be_repeated(source: HostedTree, fake: FakeStore, t
             if next(calls, None) is None:
                 raise Stopped
 
-        with pytest.raises(Stopped):
+        # A later one has less to do, and so may come to its end. How much, depends on the order of the directories.
+        try:
             import_into(fake, source.layout.root, tmp_path / "staging", report=stop)
+        except Stopped:
+            stops += 1
+    assert stops >= 3
     assert import_into(fake, source.layout.root, tmp_path / "staging")[1] == []
     assert next(show(bucket_view(fake), disk_records(tmp_path)))["tags"] == 2
 
