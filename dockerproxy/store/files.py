@@ -113,7 +113,8 @@ class Staging:
             except NotADirectoryError:
                 return None
             except FileNotFoundError:
-                if os.path.isdir(self.directory):
+                # Not whether the staging directory is missing: another thread may have created it meanwhile.
+                if not os.path.lexists(path):
                     return None
                 self.makedirs(self.directory)
         raise FileNotFoundError(f"{self.directory} was removed {_ATTEMPTS} times while a file was moved into it")

@@ -103,3 +103,21 @@ def test_fsync_directory_raises_io_errors(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
         fsync_directory(str(tmp_path))
+
+
+def test_a_staging_directory_that_another_thread_creates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is moved, although the directory was missing at the first try and is there when that has failed."""
+    file, staging = tmp_path / "file", Staging(f"{tmp_path}/staging")
+    file.write_bytes(b"content")
+    rename = os.rename
+
+    def create_late(source: str, target: str) -> None:
+        try:
+            rename(source, target)
+        finally:
+            os.makedirs(staging.directory, exist_ok=True)
+
+    monkeypatch.setattr(os, "rename", create_late)
+    staged = staging.move_aside(str(file))
+    assert staged is not None and Path(staged).read_bytes() == b"content" and not file.exists()
+    assert staging.move_aside(str(file)) is None
