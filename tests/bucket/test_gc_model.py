@@ -17,6 +17,8 @@ from attrs import frozen
 
 from tests.bucket.support.explorer import Exploration, explore
 
+pytestmark = pytest.mark.slow  # explores a hundred thousand states
+
 RUNS, TRIES = 2, 2
 NO_DECISION, RESCUED, DELETING = range(3)
 

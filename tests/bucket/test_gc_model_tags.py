@@ -15,6 +15,8 @@ from attrs import frozen
 
 from tests.bucket.support.explorer import Exploration, explore
 
+pytestmark = pytest.mark.slow  # explores thousands of states
+
 RUNS = 2
 NO_DECISION, RESCUED, DELETING = range(3)
 

@@ -23,6 +23,8 @@ from dockerproxy.oci.names import Digest, parse_tag
 from tests.bucket.support.gc_world import TIMES, Process, World, failure_of
 from tests.registry.support.hosted_store_suite import make_image
 
+pytestmark = pytest.mark.slow  # tries hundreds of orders of requests
+
 BLOB, OTHER_BLOB, LAYER = b"config", b"another config", b"a layer of both"
 IMAGE, OTHER_IMAGE = make_image(BLOB, LAYER), make_image(OTHER_BLOB, LAYER)
 V1, V2 = parse_tag("v1"), parse_tag("v2")
