@@ -22,6 +22,7 @@ from tests.bucket.support.trees import blocking, fail_after, make_store, run, up
 from tests.bucket.test_bucket_tree import damages, pushes, twins
 from tests.cache.support.upstream import ScriptedResponse
 from tests.store.support.images import BOTH, ONE
+from tests.support.examples import examples
 from tests.support.fake_store import FakeStore, refusal, xml
 
 CONFIG = Digest.of(b"config1")
@@ -48,7 +49,7 @@ def comparable(findings: list[Finding]) -> list[tuple[Any, ...]]:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(pushes, damages)
 def test_it_finds_what_it_finds_in_a_directory(pushed: Any, damaged: Any) -> None:
     with twins(pushed, damaged) as (root, fake):

@@ -28,6 +28,7 @@ from tests.bucket.test_bucket_check import check
 from tests.bucket.test_bucket_tree import damages, pushes, show, twins
 from tests.cache.support.reactor import ManualReactor
 from tests.store.support.images import BOTH, ONE, TWO, image, put_image
+from tests.support.examples import examples
 from tests.support.fake_store import FakeStore, refusal
 
 SIGNATURE = image(b"sig", b"signature", subject=BOTH)
@@ -110,7 +111,7 @@ def test_again_is_quick_and_changes_nothing(source: HostedTree, fake: FakeStore,
     assert len(fake.requests) - sent == first.copied + 2 + 3
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(pushes, damages)
 def test_it_takes_what_a_directory_takes(pushed: Any, damaged: Any) -> None:
     with twins(pushed, damaged) as (root, _):

@@ -33,6 +33,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.thread_pool import DaemonThreadPool
 from tests.bucket.support.trees import blocking, bucket_view, disk_view, fail_after, make_store, upload_tree
 from tests.store.support.images import BOTH, ONE, TWO, ManifestTree, image, index, put_image
+from tests.support.examples import examples
 from tests.support.fake_store import FakeStore, refusal, xml
 
 ARM = image(json.dumps({"os": "linux", "architecture": "arm64"}).encode(), b"base", b"arm")
@@ -103,7 +104,7 @@ def show(view: StoreView, records: Records) -> Iterator[Any]:
             yield list(list_manifests(resolver.snapshot().resolve(f"{name}@{tag['digest']}")))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(pushes, damages)
 def test_it_looks_the_same(pushed: Any, damaged: Any) -> None:
     with twins(pushed, damaged) as (root, fake):
@@ -111,7 +112,7 @@ def test_it_looks_the_same(pushed: Any, damaged: Any) -> None:
         assert list(show(bucket_view(fake), records)) == list(show(disk_view(root), records))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(pushes, damages)
 def test_the_summary_of_the_page_is_the_same(pushed: Any, damaged: Any) -> None:
     with twins(pushed, damaged) as (root, fake):

@@ -20,6 +20,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.sweep import sweep
 from tests.bucket.support.gc_world import TIMES, World, failure_of
 from tests.registry.support.hosted_store_suite import make_descriptor
+from tests.support.examples import examples
 from tests.support.fake_store import LOCATION
 
 REPOSITORIES = [parse_repository(name) for name in ("a", "a/b", "a-b")]
@@ -79,7 +80,7 @@ def essentials(found: list[str]) -> set[str]:
     return {key for key in found if key.endswith(("/data", "/link")) and "/index/" not in key}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.data(), st.booleans())
 def test_the_same_is_left(data: st.DataObject, untagged: bool) -> None:
     builder = Builder(data.draw)

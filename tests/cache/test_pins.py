@@ -21,6 +21,7 @@ from dockerproxy.oci.image_names import ImageName
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.layout import Layout
 from tests.cache.support.reactor import ManualReactor
+from tests.support.examples import examples
 
 NGINX, REDIS = ImageName.parse("nginx:1.29"), ImageName.parse("quay.io/a/redis@sha256:" + "b" * 64)
 HUB_KEY = "registry-1.docker.io/library/nginx"
@@ -171,7 +172,7 @@ def test_a_size_that_was_too_small(harness: PinsHarness) -> None:
     assert harness.pins.bytes == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 5)), st.integers(0, 90)), max_size=10))
 def test_what_is_kept_is_what_pins_consist_of(tmp_path_factory: pytest.TempPathFactory, steps: list[Any]) -> None:
     """Also if pins share contents, and registries lie about sizes."""
