@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("botocore", reason="botocore is not installed (python3-botocore)")
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow  # each test starts a process with all of the daemon's code
+
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
