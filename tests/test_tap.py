@@ -581,12 +581,21 @@ def snapshot(directory: Path) -> dict[Path, tuple[int, int, int, int, bytes]]:
     return entries
 
 
+def wait_for_text(file: Path, text: str) -> None:
+    """Wait until `file` is there and `text` is in it, whole: one write of the daemon puts it there."""
+    deadline = time.monotonic() + TIMEOUT
+    while not file.exists() or text not in file.read_text():
+        assert time.monotonic() < deadline, f"{text!r} is not in {file}"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("setting", "name"), [("CACHE_DIR", "cache"), ("REGISTRY_DIR", "registry")])
 def test_second_daemon_touches_nothing(start: Any, tmp_path: Path, setting: str, name: str) -> None:
     (tmp_path / "other").mkdir()
     first = start(WORKERS="2")
     first.wait_for("worker 1 serves")
     state = tmp_path / "state"
+    wait_for_text(state / "audit.jsonl", '"action":"ca"')  # a thread writes it, maybe after the worker serves
     for root in (state / "cache", state / "registry"):
         (root / "staging").mkdir(exist_ok=True)
         (root / "staging" / "upload").write_bytes(b"of the first daemon")
@@ -619,10 +628,7 @@ def test_lock_of_a_daemonized_process(start: Any, tmp_path: Path) -> None:
     subprocess.run(command, cwd=tmp_path, env=environment(tmp_path, {}), check=True, timeout=TIMEOUT)
     pid = int(pid_file.read_text())
     try:
-        deadline = time.monotonic() + TIMEOUT
-        while (tmp_path / "state" / "cache" / "lock").read_text() != f"{pid}\n":
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_text(tmp_path / "state" / "cache" / "lock", f"{pid}\n")
         assert f"is in use by the daemon with process ID {pid};" in startup_error(start)
     finally:
         os.kill(pid, signal.SIGTERM)

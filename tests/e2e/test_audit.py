@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import getpass
 import http.client
-import json
 import os
 import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,12 +30,6 @@ def daemon(tmp_path: Path) -> Iterator[MultiProcessDaemon]:
     daemon.check_log(list(USERS.values()))
 
 
-def recorded(daemon: MultiProcessDaemon) -> list[dict[str, Any]]:
-    """Return the entries of the audit log without its first line."""
-    file = daemon.state_folder / "audit.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()[1:]] if file.is_file() else []
-
-
 def push(connection: http.client.HTTPConnection, name: str, tag: str) -> str:
     """Push an image. Return its digest."""
     image = images.build_small_image(name)
@@ -52,8 +44,8 @@ def push(connection: http.client.HTTPConnection, name: str, tag: str) -> str:
 
 def test_changes_are_recorded(daemon: MultiProcessDaemon) -> None:
     daemon.start()
-    wait_until(lambda: len(recorded(daemon)) == 1, "the new CA is recorded")
-    assert (recorded(daemon)[0]["from"], recorded(daemon)[0]["action"]) == ("the daemon", "ca")
+    wait_until(lambda: len(daemon.audit_entries()) == 1, "the new CA is recorded")
+    assert (daemon.audit_entries()[0]["from"], daemon.audit_entries()[0]["action"]) == ("the daemon", "ca")
     with daemon.hosted_connection_to_each_process() as connections:
         for number, connection in enumerate(connections.values()):
             push(connection, f"audit/{number}", "v1")
@@ -62,14 +54,15 @@ def test_changes_are_recorded(daemon: MultiProcessDaemon) -> None:
     assert daemon.run_cli("rm", "audit/1:v1").returncode == 0
     assert daemon.run_cli("gc", "--delete-untagged").returncode == 0
     os.kill(daemon.pid, signal.SIGHUP)
-    wait_until(lambda: len(recorded(daemon)) == 8, "all changes are recorded")
-    entries = {(entry["user"], entry["action"], entry["target"].rpartition("/")[2]) for entry in recorded(daemon)[1:]}
+    wait_until(lambda: len(daemon.audit_entries()) == 8, "all changes are recorded")
+    changes = daemon.audit_entries()[1:]
+    entries = {(entry["user"], entry["action"], entry["target"].rpartition("/")[2]) for entry in changes}
     user = getpass.getuser()
     assert entries == {
         ("alice", "push", "0:v1"), ("alice", "push", "1:v1"), ("alice", "push", "2:v1"), ("alice", "delete", "0:v1"),
         (user, "remove", "1:v1 (hosted)"), (user, "gc", "registry"), (None, "reload", "the settings"),
     }  # fmt: skip
-    pushes = [entry for entry in recorded(daemon) if entry["action"] == "push"]
+    pushes = daemon.audit_entries("push")
     assert {(entry["from"], entry["user_agent"], entry["result"]) for entry in pushes} == {
         ("127.0.0.1", "pusher/1", "done")
     }

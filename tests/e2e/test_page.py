@@ -86,12 +86,6 @@ def new_link(daemon: TwistdDaemon) -> str:
     return token
 
 
-def audited(daemon: TwistdDaemon, action: str) -> list[dict[str, Any]]:
-    file = daemon.state_folder / "audit.jsonl"
-    lines = file.read_text().splitlines()[1:] if file.is_file() else []
-    return [entry for entry in map(json.loads, lines) if entry["action"] == action]
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_page_shows_private_images_to_administrators_only(
     upstreams: Upstreams, start_daemon: StartDaemon, tmp_path: Path, workers: str
@@ -136,7 +130,7 @@ def test_the_page_shows_private_images_to_administrators_only(
     page = administrator.get(f"/images/{names[0]}")
     assert page.status == 200
     assert image.digest.encode() in page.body
-    assert len(audited(daemon, "sign-in")) == 2
+    wait_until(lambda: len(daemon.audit_entries("sign-in")) == 2, "both sign-ins are in the audit log")
     of_public = f"/images/{names[1]}"
     if workers == "2":
         wait_until(lambda: b">MISS<" in administrator.get(of_public).body, "the history of pulls")
@@ -153,27 +147,27 @@ def test_the_page_shows_private_images_to_administrators_only(
     assert refused.status == 403
     assert f"{names[1]}:1 is pinned; unpin it first. Nothing was removed.".encode() in refused.body
     assert administrator.post("/actions/unpin", form).status == 303
-    assert audited(daemon, "remove") == []
+    assert daemon.audit_entries("remove") == []
     codes = [administrator.post("/actions/remove", form).headers["location"] for _ in range(2)]
     assert [code.partition("done=")[2] for code in codes] == ["removed", "gone"]
-    wait_until(lambda: bool(audited(daemon, "remove")), "the removal is in the audit log")
-    (entry,) = audited(daemon, "remove")
+    wait_until(lambda: bool(daemon.audit_entries("remove")), "the removal is in the audit log")
+    (entry,) = daemon.audit_entries("remove")
     assert (entry["user"], entry["from"]) == ("alice", "127.0.0.1")
     for _ in range(2):
         assert (
             administrator.post("/actions/gc", {"token": form["token"]}).headers["location"] == "/doctor?done=collecting"
         )
-    wait_until(lambda: bool(audited(daemon, "gc")), "garbage was collected", timeout=60)
-    assert {entry["user"] for entry in audited(daemon, "gc")} == {"alice"}
+    wait_until(lambda: bool(daemon.audit_entries("gc")), "garbage was collected", timeout=60)
+    assert {entry["user"] for entry in daemon.audit_entries("gc")} == {"alice"}
     pin = {"token": form["token"], "name": f"{names[1]}:1", "where": "cached"}
     for action, done in (("pin", "pinned"), ("unpin", "unpinned"), ("unpin", "unpinned"), ("refresh", "asked")):
         response = administrator.post(f"/actions/{action}", pin)
         assert response.status == 303, response.body
         assert response.headers["location"].endswith(f"done={done}")
     # The log is written in the background, in the order of the actions, and `refresh` was the last one.
-    wait_until(lambda: bool(audited(daemon, "refresh")), "the last action is in the audit log")
+    wait_until(lambda: bool(daemon.audit_entries("refresh")), "the last action is in the audit log")
     for action, times in (("pin", 2), ("unpin", 2), ("refresh", 1)):
-        assert [entry["user"] for entry in audited(daemon, action)] == ["alice"] * times, action
+        assert [entry["user"] for entry in daemon.audit_entries(action)] == ["alice"] * times, action
 
     htpasswd.write_text(htpasswd.read_text().replace("alice:", "other:"))
     wait_until(lambda: b">alice<" not in administrator.get("/").body, "the session ends with the user")
@@ -224,7 +218,8 @@ def test_a_link_of_the_command_signs_in_once(start_daemon: StartDaemon) -> None:
     assert visitor.post("/logout", {"token": visitor.form_token()}).status == 303
     assert b"Collect garbage" not in visitor.get("/doctor").body
     assert token not in daemon.output_text
-    assert [entry["result"] for entry in audited(daemon, "sign-in")] == ["accepted", "refused"]
+    wait_until(lambda: len(daemon.audit_entries("sign-in")) == 2, "both sign-ins are in the audit log")
+    assert [entry["result"] for entry in daemon.audit_entries("sign-in")] == ["accepted", "refused"]
 
 
 def kind(value: object) -> str:
@@ -359,7 +354,7 @@ def test_the_page_while_garbage_is_collected(start_daemon: StartDaemon, workers:
     response = administrator.post("/actions/gc", {"token": administrator.form_token()})
     assert response.headers["location"] == "/doctor?done=collecting"
     shown = []
-    while not audited(daemon, "gc"):
+    while not daemon.audit_entries("gc"):
         for path in ("/doctor", "/", "/images", "/registries"):
             response = administrator.get(path)
             assert response.status == 200, (path, response.body)

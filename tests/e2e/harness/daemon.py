@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from attrs import frozen
 
@@ -71,6 +73,15 @@ class TwistdDaemon(BackgroundProcess):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def audit_entries(self, action: str = "") -> list[dict[str, Any]]:
+        """Return the entries of the audit log, oldest first; with `action`, its entries only.
+
+        The daemon writes an entry in the background, maybe after its answer to the request.
+        """
+        file = self.state_folder / "audit.jsonl"
+        entries = map(json.loads, file.read_text().splitlines()[1:] if file.is_file() else [])
+        return [entry for entry in entries if action in ("", entry["action"])]
 
     def start(self) -> None:
         """Start the daemon, wait until it is healthy, and download its CA."""
