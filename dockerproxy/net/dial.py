@@ -19,10 +19,16 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from dockerproxy.errors import RegistryError, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.errors import RegistryError, UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from dockerproxy.net.parent_circles import FIELD as CIRCLES_FIELD
 from dockerproxy.net.parent_circles import ParentCircles
-from dockerproxy.net.upstream_proxy import ConnectFactory, ProxyRefused, UpstreamProxy
+from dockerproxy.net.upstream_proxy import (
+    ConnectFactory,
+    ProxyRefused,
+    ProxyUnable,
+    ProxyUnreachable,
+    UpstreamProxy,
+)
 from dockerproxy.oci.names import Host
 
 log = Logger()
@@ -83,6 +89,7 @@ class Dialer:
         self._source_address = source_address
         self._circles = circles
         self._failed_proxies: dict[UpstreamProxy, float] = {}  # until when they are tried after the others
+        self._answered: dict[UpstreamProxy, float] = {}  # when they answered last, whatever that was
         self._overrides = dict(overrides or {})
         self._ipv6 = ipv6
         self._proxy = proxy
@@ -130,9 +137,10 @@ class Dialer:
     async def _connect_via_proxies(
         self, first: UpstreamProxy, host: Host, factory: IProtocolFactory
     ) -> IProtocol | None:
-        """Connect through the first proxy that answers. Return None if none does, and a direct connection is next.
+        """Connect through the first proxy that can. Return None if none does, and a direct connection is next.
 
-        One that did not answer is tried last for _PROXY_BACK_OFF seconds.
+        One that does not answer at all is tried last for _PROXY_BACK_OFF seconds. One that cannot reach `host`, or is
+        silent about it while it answers others, stays the first for all other hosts: clients choose these.
         """
         if not first.others and not first.direct:
             return await self._connect_via_proxy(first, host, factory)
@@ -142,21 +150,35 @@ class Dialer:
         for proxy in order:
             if first.direct and self._failed_proxies.get(proxy, 0.0) > now:
                 continue
+            started = self._reactor.seconds()
             attempt = Deferred.fromCoroutine(self._connect_via_proxy(proxy, host, factory))
             try:
-                return await attempt.addTimeout(_PROXY_TIMEOUT, self._reactor)
+                connection = await attempt.addTimeout(_PROXY_TIMEOUT, self._reactor)
             except ProxyRefused:
+                self._note_answer(proxy)
                 raise
             except (DeferredTimeout, TimeoutError):
                 authority = Host(proxy.host, proxy.port).authority
                 errors.append(UpstreamTimeout(f"{host.authority}: the upstream proxy {authority} does not answer"))
+                is_down = self._answered.get(proxy, started - 1) < started
             except UpstreamError as error:
                 errors.append(error)
-            self._failed_proxies[proxy] = self._reactor.seconds() + _PROXY_BACK_OFF
-            log.warn("trying the next entry of UPSTREAM_PROXY: {reason}", reason=errors[-1].message)
+                is_down = isinstance(error, ProxyUnreachable | UpstreamBroken)
+                if isinstance(error, ProxyUnable):
+                    self._note_answer(proxy)
+            else:
+                self._note_answer(proxy)
+                return connection
+            if is_down:
+                self._failed_proxies[proxy] = self._reactor.seconds() + _PROXY_BACK_OFF
+                log.warn("trying the next entry of UPSTREAM_PROXY: {reason}", reason=errors[-1].message)
         if not first.direct:
             raise errors[0]
         return None
+
+    def _note_answer(self, proxy: UpstreamProxy) -> None:
+        self._answered[proxy] = self._reactor.seconds()
+        self._failed_proxies.pop(proxy, None)
 
     async def _connect_via_proxy(self, proxy: UpstreamProxy, host: Host, factory: IProtocolFactory) -> IProtocol:
         proxy_host = Host(proxy.host, proxy.port)
@@ -168,7 +190,7 @@ class Dialer:
                 proxy_host, [(address, proxy_host.port) for address in addresses], connect_factory
             )
         except UpstreamUnreachable as error:
-            raise UpstreamUnreachable(
+            raise ProxyUnreachable(
                 f"{host.authority}: cannot connect to the upstream proxy {error.message}", "proxy"
             ) from None
         try:

@@ -24,6 +24,14 @@ class ProxyRefused(UpstreamUnreachable):
     """The upstream proxy has answered and forbids the connection, so that another one is not tried."""
 
 
+class ProxyUnable(UpstreamUnreachable):
+    """The upstream proxy has answered, and cannot reach the host. Another one may be able to."""
+
+
+class ProxyUnreachable(UpstreamUnreachable):
+    """There is no connection to the upstream proxy itself."""
+
+
 @frozen
 class UpstreamProxy:
     """An HTTP proxy at `host`:`port`. `authorization` is the value of Proxy-Authorization.
@@ -68,7 +76,7 @@ class UpstreamProxy:
         return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
 
     def _refusal_error(self, host: Host, status: int) -> UpstreamUnreachable:
-        error_class = ProxyRefused if status < 500 else UpstreamUnreachable
+        error_class = ProxyRefused if status < 500 else ProxyUnable
         if status == 407:
             reason = "requires a (different) user name and password"
         elif status == 403:

@@ -6,7 +6,7 @@ from typing import Any
 
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionRefusedError, NoRouteError
+from twisted.internet.error import ConnectionDone, ConnectionRefusedError, NoRouteError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.python.failure import Failure
@@ -244,6 +244,55 @@ class DialerTests(SynchronousTestCase):
             self.reactor.advance(seconds)
             dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
             self.assertEqual(self.targets[-1], target)
+
+    def answer(self, attempt: int, status: str) -> None:
+        self.accept(attempt)
+        self.connected(attempt).dataReceived(f"HTTP/1.1 {status} X\r\n\r\n".encode())
+
+    def test_a_host_that_a_proxy_cannot_reach_says_nothing_about_others(self) -> None:
+        """Clients choose hosts: if one could make a proxy count as down, all others would go past it."""
+        proxy = UpstreamProxy("192.0.2.8", 3128, direct=True)
+        dialer = Dialer(self.reactor, StaticResolver({"registry.example": ["192.0.2.1"]}), proxy=proxy)
+        for status in ("502", "503", "504", "508"):
+            dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+            self.assertEqual(self.targets[-1], ("192.0.2.8", 3128))
+            self.answer(-1, status)
+            self.assertEqual(self.targets[-1], ("192.0.2.1", 5000))
+
+    def test_a_proxy_that_closes_the_connection_for_one_host_stays_the_first(self) -> None:
+        proxy = UpstreamProxy("192.0.2.8", 3128, direct=True)
+        dialer = Dialer(self.reactor, StaticResolver({"registry.example": ["192.0.2.1"]}), proxy=proxy)
+        for _ in range(2):
+            dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+            self.assertEqual(self.targets[-1], ("192.0.2.8", 3128))
+            self.accept(-1)
+            self.connected(-1).connectionLost(Failure(ConnectionDone()))
+            self.assertEqual(self.targets[-1], ("192.0.2.1", 5000))
+
+    def test_a_proxy_that_is_silent_about_one_host_and_answers_others_stays_the_first(self) -> None:
+        proxy = UpstreamProxy("192.0.2.8", 3128, direct=True)
+        dialer = Dialer(self.reactor, StaticResolver({"registry.example": ["192.0.2.1"]}), proxy=proxy)
+        for status, next_target in (("200", ("192.0.2.8", 3128)), ("", ("192.0.2.1", 5000))):
+            dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+            self.accept(-1)
+            self.reactor.advance(5)
+            if status:
+                dialer.endpoint(HOST).connect(self.factory)
+                self.answer(-1, status)
+            self.reactor.advance(5)
+            dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+            self.assertEqual(self.targets[-1], next_target)
+
+    def test_a_proxy_that_answers_again_is_the_first_again(self) -> None:
+        proxy = UpstreamProxy("192.0.2.8", 3128, others=(UpstreamProxy("192.0.2.9", 3128),))
+        dialer = Dialer(self.reactor, StaticResolver({}), proxy=proxy)
+        dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+        self.refuse(-1)
+        self.refuse(-1)
+        dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)  # both are down
+        self.answer(-1, "200")
+        dialer.endpoint(HOST).connect(self.factory).addErrback(lambda _: None)
+        self.assertEqual(self.targets[-1], ("192.0.2.8", 3128))
 
     def test_the_first_error_is_raised_if_no_proxy_answers(self) -> None:
         work = self.dial(proxy=UpstreamProxy("192.0.2.8", 3128, others=(UpstreamProxy("192.0.2.9", 80),)))

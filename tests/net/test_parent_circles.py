@@ -56,6 +56,33 @@ def test_too_many_proxies_are_a_circle_too() -> None:
         proxy.receive(QUAY, value)
 
 
+def invented(count: int, start: int = 0) -> str:
+    """Return the longest field of a stranger with names that it has made up, which come first and last in any order."""
+    numbers = range(start, start + count)
+    return ", ".join(
+        f"docker-registry-proxy;by={number if number % 2 else 2**64 - 1 - number:016x}" for number in numbers
+    )
+
+
+def test_names_that_a_client_invents_do_not_make_parents_refuse() -> None:
+    (child, parent), _ = proxies(2)
+    for start in range(0, 150, 15):
+        child.receive(QUAY, invented(15, start))
+    parent.receive(QUAY, child.value(QUAY))
+
+
+@pytest.mark.parametrize("size", [2, 3, 14])
+def test_names_that_a_client_invents_hide_no_circle(size: int) -> None:
+    members, _ = proxies(size)
+    for member in members:
+        member.receive(QUAY, invented(15))
+    value = members[0].value(QUAY)
+    with pytest.raises(LoopDetected, match="lead back"):  # in the first turn, because a circle has no other end
+        for member in (*members[1:], members[0]):
+            member.receive(QUAY, value)
+            value = member.value(QUAY)
+
+
 @given(st.lists(st.text(max_size=60), max_size=10))
 def test_any_text_leaves_a_bounded_field(values: list[str]) -> None:
     (proxy,), _ = proxies(1)
