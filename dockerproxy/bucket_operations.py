@@ -31,6 +31,7 @@ from dockerproxy.bucket.bucket_import import import_into_bucket
 from dockerproxy.bucket.gc_collector import GRACE_PERIOD, GCOptions, GCRefused, collect
 from dockerproxy.bucket.manifest_writer import ManifestWriter
 from dockerproxy.bucket.s3 import S3Bucket
+from dockerproxy.concurrency import use_monotonic_clock
 from dockerproxy.errors import RegistryError
 from dockerproxy.operations import (
     IGNORED_SIGNALS,
@@ -91,7 +92,7 @@ def run_on_bucket(operation: BucketOperation, options: Mapping[str, Any], daemon
     """Return the result of `operation`, which gets a reactor. Raise its errors, or `OperationFailed`."""
     reactor: Any = EPollReactor()  # type: ignore[no-untyped-call]
     installReactor(reactor)  # type: ignore[no-untyped-call]
-    reactor.seconds = time.monotonic
+    use_monotonic_clock(reactor)
     try:
         bucket = open_settings_bucket(reactor, Settings.from_environment(os.environ))
     except (SettingsError, NoCredentials) as error:

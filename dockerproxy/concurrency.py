@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
@@ -70,6 +71,14 @@ def fair_threads(reactor: Any) -> FairThreads:
     if threads is None:
         threads = _fair_threads[reactor] = FairThreads()
     return threads
+
+
+def use_monotonic_clock(reactor: Any) -> None:
+    """Make the timers of `reactor` go on if the wall clock is set back. Call this before there are any.
+
+    Dates, which are stored and sent, are those of `time.time`.
+    """
+    reactor.seconds = time.monotonic
 
 
 async def in_thread(reactor: Any, function: Callable[..., T], *args: object) -> T:

@@ -12,8 +12,6 @@ from attrs import Attribute, fields, frozen
 from dockerproxy.reload import RELOADABLE, Configuration
 from dockerproxy.settings import Settings, default_text, variable_name
 
-DEFAULT, ENVIRONMENT, CREDENTIAL, FILE = "default", "environment", "credential", "file"
-
 _SECRET = re.compile(r"(?:SECRET|PASSWORD|PASSPHRASE|TOKEN|_KEY)$")
 _USER_INFO = re.compile(r"(?<=//)\S*@")  # of a URL, as of a proxy: it may have a password
 _LOGIN = re.compile(r"\S*@")
@@ -41,8 +39,8 @@ class ConfigReport:
         """Return a JSON object for each setting, in the order of the documentation.
 
         ``value`` is the text in its source, or that of the default; it is empty if the setting is not set. ``source``
-        is `DEFAULT`, `ENVIRONMENT`, `CREDENTIAL` or `FILE`, and ``place`` the variable, the credential, or the file and
-        the line. ``pending`` has the text that a restart would apply, or None.
+        is ``default``, ``environment``, ``credential`` or ``file``, and ``place`` the variable, the credential, or the
+        file and the line. ``pending`` has the text that a restart would apply, or None.
         """
         rows = {}
         for attribute in fields(Settings):
@@ -70,8 +68,8 @@ class ConfigReport:
 def _source(configuration: Configuration, name: str) -> tuple[str, str]:
     for variable in (name, *_OTHER_VARIABLES.get(name, ())):
         if configuration.variables.get(variable, "").strip():
-            return configuration.sources.get(variable, (ENVIRONMENT, variable))
-    return DEFAULT, ""
+            return configuration.sources.get(variable, ("environment", variable))
+    return "default", ""
 
 
 def _shown(configuration: Configuration, name: str, attribute: Attribute[Any]) -> str:

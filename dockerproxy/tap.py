@@ -62,7 +62,7 @@ from dockerproxy.cache.pins import Pins, pin_records
 from dockerproxy.cache.pull_counts import PullCounts
 from dockerproxy.cache.rate_limits import stored_limits
 from dockerproxy.cache.space import BLOB_COST, CacheSpaceManager
-from dockerproxy.concurrency import in_thread, spawn
+from dockerproxy.concurrency import in_thread, spawn, use_monotonic_clock
 from dockerproxy.config_report import ConfigReport
 from dockerproxy.daemon import jsonlog, textlog
 from dockerproxy.daemon.control_socket import ControlSocket
@@ -131,8 +131,7 @@ def makeService(options: Options) -> IService:
     """Build the daemon. If a setting is unusable, print one sentence and raise SystemExit."""
     from twisted.internet import reactor
 
-    # Timers go on if the wall clock is set back. Dates, which are stored and sent, are those of time.time.
-    reactor.seconds = time.monotonic  # type: ignore[method-assign]
+    use_monotonic_clock(reactor)
     tune_malloc()  # before there are threads
     forget_generated_source()
     # All that the daemon writes is its own user's. twistd applies the --umask of an administrator later.

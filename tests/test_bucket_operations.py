@@ -48,6 +48,21 @@ def test_bad_settings_and_options(
     assert words in event["message"]
 
 
+def test_a_clock_that_is_set_back_stops_no_timer() -> None:
+    """The reactor's clock is monotonic: gc waits for minutes, and renews its claim meanwhile."""
+    program = """
+import sys, time
+from dockerproxy import bucket_operations
+
+def check(reactor, settings):
+    sys.exit(0 if reactor.seconds is time.monotonic else "another clock")
+
+bucket_operations.open_settings_bucket = check
+bucket_operations.run_on_bucket(None, {}, None)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(ROOT)}, cwd="/", timeout=60)
+
+
 def test_a_store_that_does_not_answer() -> None:
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))

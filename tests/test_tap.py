@@ -40,30 +40,17 @@ NOBODY = 65534
 
 
 def environment(directory: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of the daemon. It has only PATH, LANG and PYTHONPATH of this process."""
+    """Return the environment of the daemon. It has only PATH and LANG of this process, and the package of the tests."""
     variables = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    if not _is_installed():
-        variables["PYTHONPATH"] = str(ROOT)
     return {
         **variables,
+        "PYTHONPATH": str(ROOT),
         "HOME": str(directory),
         "STATE_DIR": str(directory / "state"),
         "PROXY_LISTEN": "tcp:0:interface=127.0.0.1",
         "REGISTRY_LISTEN": "tcp:0:interface=127.0.0.1",
         **settings,
     }
-
-
-def _is_installed() -> bool:
-    """Return whether the project is installed, as in the environment of `make test`."""
-    probe = subprocess.run(
-        [sys.executable, "-c", "import dockerproxy, twisted.plugins.dockerproxy_plugin"],
-        cwd="/",
-        env={"PATH": os.environ.get("PATH", "")},
-        capture_output=True,
-        check=False,
-    )
-    return probe.returncode == 0
 
 
 class TwistdProcess:
@@ -489,7 +476,7 @@ socket.getaddrinfo = lambda *args, **kwargs: time.sleep(3600)
 def test_sigterm_is_not_held_up_by_name_lookups(start: Any, tmp_path: Path, workers: int) -> None:
     """Their clients are gone. Sixteen of the look-ups block a thread each, the others wait for one."""
     (tmp_path / "sitecustomize.py").write_text(SILENT_NAME_SERVER)
-    path = os.pathsep.join(filter(None, (str(tmp_path), environment(tmp_path, {}).get("PYTHONPATH"))))
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
     daemon = start(PYTHONPATH=path, WORKERS=str(workers), TUNNEL_PORTS="443")
     port = daemon.port()
     if workers > 1:

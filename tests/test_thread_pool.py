@@ -101,6 +101,17 @@ def test_clients_take_turns(pool: BoundedThreadPool, threads: ManualThreads) -> 
     assert order == ["a", "b", "a", "b"]
 
 
+def test_a_client_with_many_jobs_takes_turns_with_one_that_has_few(threads: ManualThreads) -> None:
+    """It may have all threads while nobody else waits, but not the next one as long as somebody does."""
+    pool = BoundedThreadPool(threads, "look-ups", PoolLimits(2, 2, waiting=9, waiting_per_client=9), threads)
+    order: list[str] = []
+    for client in "aaaaab":
+        start(pool, lambda client=client: order.append(client), client=client)  # type: ignore[misc]
+    while threads.jobs:
+        threads.finish()
+    assert "".join(order) == "aaabaa"
+
+
 def test_a_client_has_a_share_of_the_queue(pool: BoundedThreadPool, threads: ManualThreads) -> None:
     for _ in range(4):
         start(pool, client="a")

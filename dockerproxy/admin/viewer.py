@@ -57,10 +57,6 @@ class Viewer:
             return True
         return is_public if where == CACHED else self.reads_hosted
 
-    def sees_client_addresses(self) -> bool:
-        """Return whether the viewer may read the addresses of clients."""
-        return self.is_admin
-
     def values(self) -> list[Any]:
         """Return the viewer as a list for a message to another process of the daemon."""
         return [self.user, self.is_admin, self.reads_hosted]

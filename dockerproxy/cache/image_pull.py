@@ -7,7 +7,7 @@ fetched again. It has no credential of its own, so it may read what a client wit
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
 from functools import partial
@@ -96,10 +96,6 @@ class Estimate:
 
     pulls: int
     size: int | None
-
-
-OnContents = Callable[[Mapping[Digest, int]], Awaitable[None]]
-"""Called with all that an image consists of before it is downloaded. It may raise to prevent that."""
 
 
 @define(eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from dockerproxy.admin.page_desk import PageDeskClient
 from dockerproxy.app import SharedServices, build_server, build_silent_servers, raise_descriptor_limit
 from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import Bindings
+from dockerproxy.concurrency import use_monotonic_clock
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects
@@ -114,7 +114,6 @@ class WorkerProcess:
     def __init__(self, reactor: Any, forked_state: ForkedState, settings: Settings, request: SpawnRequest) -> None:
         self._reactor = reactor
         self._environment = forked_state.environment
-        self._number = request.number
         self._stopping = self._ended = False
         slot = forked_state.scoreboard.slot(request.number)
         bindings, silent_servers = Bindings(), build_silent_servers(reactor, settings)
@@ -218,6 +217,6 @@ def _install_new_reactor(reactor: Any) -> Any:
     """
     del sys.modules["twisted.internet.reactor"]  # Twisted has no public way to replace an installed reactor
     new_reactor: Any = type(reactor)()
-    new_reactor.seconds = time.monotonic  # see `dockerproxy.tap.makeService`
+    use_monotonic_clock(new_reactor)
     installReactor(new_reactor)  # type: ignore[no-untyped-call]
     return new_reactor
