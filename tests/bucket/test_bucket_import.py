@@ -245,6 +245,7 @@ def test_large_contents_are_sent_in_parts(fake: FakeStore, tmp_path: Path, monke
 # bad days
 
 
+@pytest.mark.slow
 def test_links_come_last(source: HostedTree, fake: FakeStore, tmp_path: Path) -> None:
     """Whenever it ends, no tag leads to anything that lacks something. The next import completes it."""
     complete = make_store()

@@ -192,6 +192,7 @@ def peak_of_held_bytes(
     return peak
 
 
+@pytest.mark.slow
 def test_150_downloads_hold_no_more_than_20(
     make_harness: Callable[..., CacheHarness], monkeypatch: pytest.MonkeyPatch
 ) -> None:

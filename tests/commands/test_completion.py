@@ -12,6 +12,8 @@ import pytest
 
 from tests.commands.conftest import ControlSocketStub
 
+pytestmark = pytest.mark.slow  # because it starts shells
+
 ROOT = Path(__file__).parents[2]
 COMPLETIONS = ROOT / "completions"
 

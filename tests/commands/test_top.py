@@ -137,6 +137,7 @@ def ticking(daemon: ControlSocketStub) -> Iterator[ControlSocketStub]:
     stop.set()
 
 
+@pytest.mark.slow
 def test_a_line_of_json_each_second(ticking: ControlSocketStub, run: Run) -> None:
     status, output, errors = run("top", "--count", "2")
     assert (status, errors) == (0, "")
@@ -147,6 +148,7 @@ def test_a_line_of_json_each_second(ticking: ControlSocketStub, run: Run) -> Non
     assert "\x1b" not in output
 
 
+@pytest.mark.slow
 def test_the_reader_of_the_lines_leaves(ticking: ControlSocketStub) -> None:
     command = f"{sys.executable} -m dockerproxy.cli --socket {ticking.path} top | head -n 1; echo ${{PIPESTATUS[0]}}"
     completed = subprocess.run(

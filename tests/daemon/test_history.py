@@ -323,6 +323,7 @@ def test_a_ring_keeps_rows_across_its_end(tmp_path: Path) -> None:
     assert [period for period, _ in ring.read(9, 10)] == [9, 10]
 
 
+@pytest.mark.slow
 def test_a_full_history_is_read_fast(tmp_path: Path) -> None:
     """Two years of 20 registries: what the overview needs of them takes less than the seconds for which it is kept."""
     names = [f"registry{number}.example" for number in range(20)]

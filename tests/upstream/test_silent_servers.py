@@ -352,6 +352,7 @@ def test_nothing_begins_after_the_end(network: Network) -> None:
     assert all(waiting) and network.clock.calls == [] and not network.probes
 
 
+@pytest.mark.slow
 def test_any_number_of_servers(network: Network) -> None:
     """The table is bounded, and a server that leaves it leaves no work behind for ever."""
     network.processes[0].set_is_listed(lambda server: False)
