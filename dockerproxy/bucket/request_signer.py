@@ -5,7 +5,8 @@ Only a daemon with REGISTRY_STORE imports this module, because botocore takes 30
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from botocore.auth import S3SigV4Auth
@@ -19,20 +20,30 @@ from dockerproxy.errors import StoreRefused
 
 UNSIGNED = "UNSIGNED-PAYLOAD"
 
+_SEARCH_INTERVAL = 10.0  # seconds between two looks for other credentials
+
 
 class NoCredentials(Exception):
     """There is no credential for the object store. The message says how to give one."""
 
 
 class RequestSigner:
-    """Signs requests to a store in `region`. `credentials` are botocore's; they may be refreshed in a thread."""
+    """Signs requests to a store in `region`. `credentials` are botocore's; they may be refreshed in a thread.
 
-    def __init__(self, reactor: Any, region: str, credentials: Any) -> None:
+    `find` looks for them again and blocks, because another program may have written a new file of credentials.
+    `generation` is another number as soon as there are others.
+    """
+
+    def __init__(self, reactor: Any, region: str, credentials: Any, find: Callable[[], Any]) -> None:
+        self.generation = 0
         self._reactor = reactor
         self._region = region
         self._credentials = credentials
+        self._find = find
         self._frozen: Any = None
         self._refreshes: SingleFlight[str, None] = SingleFlight()
+        self._searches: SingleFlight[str, None] = SingleFlight()
+        self._next_search = 0.0
 
     @classmethod
     def find_credentials(cls, reactor: Any, region: str, variables: Mapping[str, str]) -> RequestSigner:
@@ -40,8 +51,9 @@ class RequestSigner:
 
         Raise `NoCredentials`.
         """
+        find = partial(_find, variables)
         try:
-            credentials = EnvProvider(variables).load() or Session().get_credentials()
+            credentials = find()
         except BotoCoreError as error:
             raise NoCredentials(f"botocore cannot read the credentials: {error}") from None
         if credentials is None:
@@ -49,7 +61,7 @@ class RequestSigner:
                 "there are no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use another way that"
                 " botocore knows (a shared credentials file, the role of the machine)"
             )
-        return cls(reactor, region, credentials)
+        return cls(reactor, region, credentials, find)
 
     async def sign(
         self, method: str, url: str, fields: Iterable[tuple[str, str]], payload_hash: str
@@ -58,6 +70,26 @@ class RequestSigner:
         if self._frozen is None or self._needs_refresh():
             await self._refreshes.do("", self._refresh)
         return self._sign(method, url, fields, payload_hash)
+
+    async def renew(self, generation: int) -> bool:
+        """Look for other credentials, because the store refuses those of `generation`. Return whether there are any."""
+        if self.generation == generation and self._reactor.seconds() >= self._next_search:
+            await self._searches.do("", self._search)
+        return self.generation != generation
+
+    async def _search(self) -> None:
+        self._next_search = self._reactor.seconds() + _SEARCH_INTERVAL
+        found = await in_thread(self._reactor, self._find_frozen)
+        if found is not None and found[1] != self._frozen:
+            self._credentials, self._frozen = found
+            self.generation += 1
+
+    def _find_frozen(self) -> tuple[Any, Any] | None:
+        try:
+            credentials = self._find()
+            return None if credentials is None else (credentials, credentials.get_frozen_credentials())
+        except (BotoCoreError, RuntimeError):  # the old ones stay, and the store has said what is wrong with them
+            return None
 
     def sign_now(
         self, method: str, url: str, fields: Iterable[tuple[str, str]], payload_hash: str
@@ -87,6 +119,10 @@ class RequestSigner:
             raise StoreRefused(
                 f"the credentials for the object store cannot be refreshed: {error}", headers=[("Retry-After", "30")]
             ) from None
+
+
+def _find(variables: Mapping[str, str]) -> Any:
+    return EnvProvider(variables).load() or Session().get_credentials()
 
 
 class _KnownPayloadAuth(S3SigV4Auth):  # type: ignore[misc]

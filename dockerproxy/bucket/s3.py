@@ -48,6 +48,8 @@ _MAX_PAGE = 16 * _MIB  # bytes of a page of a listing: 1,000 keys of 1,024 bytes
 _MAX_ANSWER = 1 * _MIB
 _MAX_DELETED = 1000  # keys in one request
 _MAX_REQUESTS = 64  # at once; the others wait
+_MAX_CREATIONS = 5  # of an object that is deleted each time
+_MAX_DIGITS = 18  # of a size
 
 _UNSIGNED = "UNSIGNED-PAYLOAD"
 _NO_PAYLOAD = hashlib.sha256().hexdigest()
@@ -62,6 +64,10 @@ T = TypeVar("T")
 
 class Signer(Protocol):
     """Signs requests; `request_signer.RequestSigner` has the details."""
+
+    generation: int
+
+    async def renew(self, generation: int) -> bool: ...
 
     async def sign(
         self, method: str, url: str, fields: Iterable[tuple[str, str]], payload_hash: str
@@ -132,19 +138,25 @@ class S3Bucket:
 
     async def size(self, key: str) -> int | None:
         """Return the size of an object in bytes, or None if there is none."""
-        response = await self._retry(partial(self._send, "HEAD", key, accepted=(200, 404)))
-        response.abort()
-        return response.length if response.status == 200 else None
+        response = await self._head(key)
+        return None if response.status == 404 else response.length
 
     async def status(self, key: str) -> ListedKey | None:
         """Return an object as a listing has it, or None if there is none."""
-        response = await self._retry(partial(self._send, "HEAD", key, accepted=(200, 404)))
-        response.abort()
+        response = await self._head(key)
         if response.status == 404:
             return None
-        date = _parse_date(response.headers.get("date"), self._clock)
-        written = _parse_date(response.headers.get("last-modified"), lambda: date)
-        return ListedKey(key, response.length or 0, written, date - written)
+        date, written = (_parse_date(response.headers.get(name)) for name in ("date", "last-modified"))
+        if written is None:
+            written = self._clock() if date is None else date
+        return ListedKey(key, response.length or 0, written, 0.0 if date is None else date - written)
+
+    async def _head(self, key: str) -> Response:
+        response = await self._retry(partial(self._send, "HEAD", key, accepted=(200, 404)))
+        response.abort()
+        if response.status == 200 and response.length is None:  # for us, that would be an object that is not there
+            raise self._broken(f"does not tell the size of {key}")
+        return response
 
     async def read_start(self, key: str, limit: int) -> bytes | None:
         """Return the first `limit` bytes of an object, which may have more, or None if there is none."""
@@ -171,8 +183,7 @@ class S3Bucket:
         if size <= PART_SIZE:
             payload_hash = digest.hex if digest.algorithm == "sha256" else _UNSIGNED
             body = partial(FileBody, self._reactor, fd, 0, size)
-            response = await self._retry(partial(self._send, "PUT", key, body=body, payload_hash=payload_hash))
-            await response.discard()
+            await self._store("PUT", key, body=body, payload_hash=payload_hash)
         else:
             await self._put_parts(key, fd, size)
 
@@ -181,18 +192,19 @@ class S3Bucket:
 
         It needs a store that knows ``If-None-Match: *``.
         """
-        while True:
+        for _ in range(_MAX_CREATIONS):
             response = await self._put(key, content, fields=[("If-None-Match", "*")], accepted=(200, 412))
             if response.status == 200:
                 return content
             existing = await self.get(key, max(len(content), 64 * 1024))
             if existing is not None:  # else it was deleted meanwhile
                 return existing
+        raise self._broken(f"says that {key} is there, and that it is not")
 
     async def copy(self, key: str, copy: str) -> None:
         """Copy an object of at most 5 GiB to the key `copy`, in the store."""
-        source = quote(f"/{self.location.bucket}/{self.location.prefix}{key}", safe="/-._~")
-        await self._ask("PUT", copy, [], fields=[("x-amz-copy-source", source)])
+        source = quote(f"/{self.location.bucket}/{self.location.prefix}{key}", safe="/-._~", errors="surrogateescape")
+        await self._ask("CopyObjectResult", "PUT", copy, [], fields=[("x-amz-copy-source", source)])
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Delete the objects with `keys`, as far as there are any."""
@@ -216,16 +228,16 @@ class S3Bucket:
         query += [("delimiter", delimiter)] if delimiter else []
         query += [("start-after", base + after)] if after else []
         query += [("max-keys", str(limit))] if limit else []
-        token = ""
+        token, pages = "", _Pages()
         while True:
             page = [*query, ("continuation-token", token)] if token else query
-            date, answer = await self._retry(partial(self._list_page, page))
+            date, answer = await self._retry(partial(self._list_page, "ListBucketResult", page))
             for kind, texts in answer.items:
                 listed = self._read_entry(kind, texts, date, is_quoted="EncodingType" in answer.texts)
                 if listed is not None:
                     yield listed
             token = answer.texts.get("NextContinuationToken", "")
-            if answer.texts.get("IsTruncated") != "true" or not token:
+            if not self._goes_on(answer, pages, token):
                 return
 
     async def delete_once(self, key: str) -> None:
@@ -240,22 +252,36 @@ class S3Bucket:
         """Yield the uploads in parts that are not complete, of keys that begin with `prefix`."""
         query = [("uploads", ""), ("encoding-type", "url"), ("prefix", self.location.prefix + prefix)]
         marker: list[tuple[str, str]] = []
+        pages = _Pages()
         while True:
-            date, answer = await self._retry(partial(self._list_page, [*query, *marker]))
+            date, answer = await self._retry(partial(self._list_page, "ListMultipartUploadsResult", [*query, *marker]))
             is_quoted = "EncodingType" in answer.texts
             for kind, texts in answer.items:
                 if kind == "Upload":
                     key = unquote_key(texts.get("Key", "")) if is_quoted else texts.get("Key", "")
-                    age = date - self._parse_time(texts.get("Initiated", ""))
+                    initiated = self._parse_time(texts.get("Initiated", ""))
+                    age = 0.0 if date is None else date - initiated
                     yield ListedUpload(key.removeprefix(self.location.prefix), texts.get("UploadId", ""), age)
             next_key = answer.texts.get("NextKeyMarker", "")
-            next_marker = [
+            if not self._goes_on(answer, pages, next_key):
+                return
+            marker = [
                 ("key-marker", unquote_key(next_key) if is_quoted else next_key),
                 ("upload-id-marker", answer.texts.get("NextUploadIdMarker", "")),
             ]
-            if answer.texts.get("IsTruncated") != "true" or not next_key or next_marker == marker:
-                return
-            marker = next_marker
+
+    def _goes_on(self, answer: XMLAnswer, pages: _Pages, marker: str) -> bool:
+        """Return whether another page follows, at `marker`. Raise `StoreUnavailable` if that cannot be.
+
+        A list without its end would make gc delete what is needed by that.
+        """
+        is_truncated = answer.texts.get("IsTruncated", "").strip().lower() == "true"
+        if is_truncated and not marker:
+            raise self._broken("cuts a list off and does not say how it goes on")
+        listed = [texts for kind, texts in answer.items if kind in ("Contents", "CommonPrefixes", "Upload")]
+        if is_truncated and pages.repeat(listed[-1:] or marker):
+            raise self._broken("repeats the pages of a list")
+        return is_truncated
 
     async def abort_upload(self, key: str, upload: str) -> None:
         """Delete the parts of an upload that is not complete, if it is there."""
@@ -266,7 +292,7 @@ class S3Bucket:
     # parts
 
     async def _put_parts(self, key: str, fd: int, size: int) -> None:
-        answer = await self._ask("POST", key, [("uploads", "")])
+        answer = await self._ask("InitiateMultipartUploadResult", "POST", key, [("uploads", "")])
         upload = answer.texts.get("UploadId", "")
         if not upload:
             raise self._broken("began no upload in parts")
@@ -289,8 +315,7 @@ class S3Bucket:
     ) -> None:
         query = [("partNumber", str(number + 1)), ("uploadId", upload)]
         body = partial(FileBody, self._reactor, fd, start, length)
-        response = await self._retry(partial(self._send, "PUT", key, query, body=body, payload_hash=_UNSIGNED))
-        await response.discard()
+        response = await self._store("PUT", key, query, body=body, payload_hash=_UNSIGNED)
         tags[number] = response.headers.get("etag") or ""
 
     async def _complete(self, key: str, upload: str, tags: Sequence[str], size: int) -> None:
@@ -300,7 +325,7 @@ class S3Bucket:
         )
         body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
         try:
-            await self._ask("POST", key, [("uploadId", upload)], body)
+            await self._ask("CompleteMultipartUploadResult", "POST", key, [("uploadId", upload)], body)
         except StoreRefused:
             # The first answer may have been lost, so that the upload is complete and its name forgotten.
             if await self.size(key) != size:
@@ -312,27 +337,36 @@ class S3Bucket:
         self, key: str, content: bytes, fields: Sequence[tuple[str, str]] = (), accepted: Sequence[int] = (200,)
     ) -> Response:
         body, payload_hash = partial(BytesBody, content), hashlib.sha256(content).hexdigest()
-        response = await self._retry(
-            partial(self._send, "PUT", key, fields=fields, body=body, payload_hash=payload_hash, accepted=accepted)
-        )
+        return await self._store("PUT", key, fields=fields, body=body, payload_hash=payload_hash, accepted=accepted)
+
+    async def _store(self, method: str, key: str, *arguments: Any, **options: Any) -> Response:
+        """Send a request that stores something, and return the response, which has been read."""
+        response = await self._retry(partial(self._send, method, key, *arguments, **options))
         await response.discard()
+        if response.status == 200 and not response.headers.get("etag"):  # something that is no object store answers
+            raise self._broken(f"does not confirm {key} with an ETag")
         return response
 
     async def _delete_all(self, keys: Sequence[str]) -> None:
+        if not all(map(str.isprintable, keys)):  # XML cannot have all characters of keys
+            for key in keys:
+                await self.delete([key])
+            return
         objects = "".join(f"<Object><Key>{escape(self.location.prefix + key)}</Key></Object>" for key in keys)
         body = f"<Delete><Quiet>true</Quiet>{objects}</Delete>".encode()
         checksum = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-        answer = await self._ask("POST", "", [("delete", "")], body, [("Content-MD5", checksum)])
+        answer = await self._ask("DeleteResult", "POST", "", [("delete", "")], body, [("Content-MD5", checksum)])
         for kind, texts in answer.items:
             if kind == "Error" and texts.get("Code") != "NoSuchKey":
                 raise StoreAnswer(200, texts.get("Code", ""), texts.get("Message", "")).error(self.location)
 
-    async def _list_page(self, query: Sequence[tuple[str, str]]) -> tuple[float, XMLAnswer]:
+    async def _list_page(self, root: str, query: Sequence[tuple[str, str]]) -> tuple[float | None, XMLAnswer]:
+        """Return the date of an answer, None if it has none, and the answer."""
         response = await self._send("GET", "", query)
         content = await response.read_all(_MAX_PAGE)
-        return _parse_date(response.headers.get("date"), self._clock), self._parse(response.status, content)
+        return _parse_date(response.headers.get("date")), self._parse(root, response.status, content)
 
-    def _read_entry(self, kind: str, texts: dict[str, str], date: float, *, is_quoted: bool) -> ListedKey | None:
+    def _read_entry(self, kind: str, texts: dict[str, str], date: float | None, *, is_quoted: bool) -> ListedKey | None:
         key = texts.get("Key" if kind == "Contents" else "Prefix", "")
         key = unquote_key(key) if is_quoted else key
         if kind not in ("Contents", "CommonPrefixes") or not key.startswith(self.location.prefix):
@@ -342,15 +376,19 @@ class S3Bucket:
             return ListedKey(key)
         written = self._parse_time(texts.get("LastModified", ""))
         size = texts.get("Size", "0")
-        if not size.isascii() or not size.isdigit():
+        if not size.isascii() or not size.isdigit() or len(size) > _MAX_DIGITS:
             raise self._broken("lists objects without a size")
-        return ListedKey(key, int(size), written, date - written)
+        # Without the clock of the store, nothing is old.
+        return ListedKey(key, int(size), written, 0.0 if date is None else date - written)
 
     def _parse_time(self, text: str) -> float:
         try:
-            return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-        except ValueError:
-            raise self._broken("lists objects without a date") from None
+            time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+            if time.tzinfo is not None:  # else it would be one of this machine's zone
+                return time.timestamp()
+        except (ValueError, OverflowError):
+            pass
+        raise self._broken("lists objects without a date")
 
     async def _get(self, key: str, limit: int) -> bytes | None:
         response = await self._send("GET", key, accepted=(200, 404))
@@ -378,17 +416,19 @@ class S3Bucket:
 
     async def _ask(
         self,
+        root: str,
         method: str,
         key: str,
         query: Sequence[tuple[str, str]],
         body: bytes = b"",
         fields: Sequence[tuple[str, str]] = (),
     ) -> XMLAnswer:
-        """Return the answer to a request. It may be an error though its status is 200."""
-        return await self._retry(partial(self._ask_once, method, key, query, body, fields))
+        """Return the answer to a request, of which `root` is the name. It may be an error though its status is 200."""
+        return await self._retry(partial(self._ask_once, root, method, key, query, body, fields))
 
     async def _ask_once(
         self,
+        root: str,
         method: str,
         key: str,
         query: Sequence[tuple[str, str]],
@@ -397,24 +437,29 @@ class S3Bucket:
     ) -> XMLAnswer:
         payload_hash = hashlib.sha256(body).hexdigest()
         response = await self._send(method, key, query, fields, lambda: BytesBody(body), payload_hash)
-        return self._parse(response.status, await response.read_all(_MAX_ANSWER))
+        return self._parse(root, response.status, await response.read_all(_MAX_ANSWER))
 
-    def _parse(self, status: int, content: bytes) -> XMLAnswer:
+    def _parse(self, root: str, status: int, content: bytes) -> XMLAnswer:
         try:
             answer = parse_answer(content)
         except ValueError as error:
             raise self._broken(f"sent an answer that cannot be read: {error}") from None
         if answer.error is not None:
             raise _Refused(StoreAnswer.parse(status, content), None)
+        if answer.root != root:  # such as the page of a portal, which would look like an empty list
+            raise self._broken(f"sent <{answer.root[:80]}> in place of <{root}>")
         return answer
 
     async def _retry(self, function: Callable[[], Awaitable[T]]) -> T:
         """Return the result of `function`, which is called again after a failure that may pass."""
         pauses = iter(_PAUSES)
         while True:
+            generation = self._signer.generation
             try:
                 result = await function()
             except _Refused as refusal:
+                if refusal.answer.is_about_credentials and await self._signer.renew(generation):
+                    continue
                 error, wait = refusal.answer.error(self.location), refusal.wait
                 is_final = not refusal.answer.is_transient
             except UpstreamError as failure:
@@ -495,9 +540,27 @@ def unquote_key(text: str) -> str:
     return unquote_plus(text, errors="surrogateescape")
 
 
-def _parse_date(text: str | None, clock: Callable[[], float]) -> float:
-    """Return the time of a Date field, or ours without one."""
+class _Pages:
+    """Notices that the pages of a list come again, by Brent's algorithm: it compares each with one before it."""
+
+    def __init__(self) -> None:
+        self._seen: object = None
+        self._steps, self._next_seen = 0, 1
+
+    def repeat(self, page: object) -> bool:
+        """Return whether `page` was there before. It may be noticed some pages later."""
+        if page == self._seen:
+            return True
+        self._steps += 1
+        if self._steps == self._next_seen:
+            self._seen, self._steps, self._next_seen = page, 0, 2 * self._next_seen
+        return False
+
+
+def _parse_date(text: str | None) -> float | None:
+    """Return the time of a Date field."""
     try:
-        return parsedate_to_datetime(text or "").replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return clock()
+        date = parsedate_to_datetime((text or "")[:64])
+    except (ValueError, OverflowError):
+        return None
+    return (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()

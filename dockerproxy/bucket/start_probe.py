@@ -18,6 +18,7 @@ from botocore.httpsession import URLLib3Session
 
 from dockerproxy.bucket import keys
 from dockerproxy.bucket.request_signer import RequestSigner
+from dockerproxy.bucket.s3_xml import parse_answer
 from dockerproxy.bucket.store_errors import IGNORES_CONDITIONS, StoreAnswer
 from dockerproxy.errors import StoreRefused
 from dockerproxy.net.store_location import StoreLocation
@@ -38,21 +39,30 @@ class StartProbe:
         """Return sentences for the log. Raise `StoreRefused` if the bucket can never be used so."""
         key = f"{keys.PROBES}{secrets.token_hex(8)}"
         try:
-            refusal = self._send("GET", "", [("list-type", "2"), ("max-keys", "1")])
-            if refusal is None and not read_only:
-                return self._try_conditions(key)
+            answer, content = self._send("GET", "", [("list-type", "2"), ("max-keys", "1")])
+            if answer is None:
+                self._check_is_store(content)
+                return [] if read_only else self._try_conditions(key)
         except (BotoCoreError, OSError) as error:
             return [f"{self.location} does not answer ({error}); until it does, pushes fail"]
-        if refusal is None:
-            return []
-        return self._judge(refusal)
+        return self._judge(answer)
+
+    def _check_is_store(self, listing: bytes) -> None:
+        try:
+            is_store = parse_answer(listing).root == "ListBucketResult"
+        except ValueError:
+            is_store = False
+        if not is_store:  # such as the console of a store, which has another port
+            raise StoreRefused(
+                f"{self.location} answers, but not as an object store does; correct endpoint= in REGISTRY_STORE"
+            )
 
     def _try_conditions(self, key: str) -> list[str]:
         condition = [("If-None-Match", "*")]
-        first = self._send("PUT", key, fields=condition)
+        first, _ = self._send("PUT", key, fields=condition)
         if first is not None:
             return self._judge(first)
-        second = self._send("PUT", key, fields=condition)
+        second, _ = self._send("PUT", key, fields=condition)
         self._send("DELETE", key)
         return [] if second is not None and second.status == 412 else [f"{self.location} {IGNORES_CONDITIONS}"]
 
@@ -64,8 +74,8 @@ class StartProbe:
 
     def _send(
         self, method: str, key: str, query: Sequence[tuple[str, str]] = (), fields: Sequence[tuple[str, str]] = ()
-    ) -> StoreAnswer | None:
-        """Return the refusal, or None after a success."""
+    ) -> tuple[StoreAnswer | None, bytes]:
+        """Return the refusal, or None after a success, and the content."""
         url = self.location.url(key, query)
         signed = self.signer.sign_now(method, url, fields, hashlib.sha256().hexdigest())
         proxies = None if self.proxy is None else {"http": self.proxy, "https": self.proxy}
@@ -74,4 +84,5 @@ class StartProbe:
             response = session.send(AWSRequest(method, url, dict(signed), b"").prepare())
         finally:
             session.close()
-        return None if response.status_code < 300 else StoreAnswer.parse(response.status_code, response.content)
+        content: bytes = response.content
+        return None if response.status_code < 300 else StoreAnswer.parse(response.status_code, content), content

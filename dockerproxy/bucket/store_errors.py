@@ -33,6 +33,7 @@ _REMEDIES: Mapping[str, str] = MappingProxyType({
     "RequestExpired": "set the clock of this machine, or that of the store",
     "AuthorizationHeaderMalformed": "set region= in REGISTRY_STORE to the region of the bucket",
     "PermanentRedirect": "set region= and endpoint= in REGISTRY_STORE to those of the bucket",
+    "TemporaryRedirect": "set region= and endpoint= in REGISTRY_STORE to those of the bucket",
     "IllegalLocationConstraintException": "set region= in REGISTRY_STORE to the region of the bucket",
 })  # fmt: skip
 _TRANSIENT_CODES = frozenset({
@@ -44,6 +45,11 @@ _FULL_CODES = frozenset({
     "QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "XMinioStorageFull", "StorageFull",
     "XMinioAdminBucketQuotaExceeded", "InsufficientStorageSpace",
 })  # fmt: skip
+_CREDENTIAL_CODES = frozenset({
+    "ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "TokenRefreshRequired",
+    "AccessDenied",
+})  # fmt: skip
+_CREDENTIAL_STATUSES = frozenset({400, 401, 403})
 _TRANSIENT_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _FULL_STATUS = 507
 
@@ -77,6 +83,11 @@ class StoreAnswer:
         if self.is_full:
             return False
         return self.code in _TRANSIENT_CODES or (self.status in _TRANSIENT_STATUSES and self.code not in _REMEDIES)
+
+    @property
+    def is_about_credentials(self) -> bool:
+        """Whether other credentials may help. The answer to a HEAD has no code."""
+        return self.code in _CREDENTIAL_CODES or (not self.code and self.status in _CREDENTIAL_STATUSES)
 
     def error(self, place: object) -> RegistryError:
         """Return the error for a client and the log; `place` is the bucket."""

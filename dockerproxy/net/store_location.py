@@ -54,7 +54,9 @@ class StoreLocation:
         if not _REGION.fullmatch(region):
             raise ValueError(f"{region[:80]!r} is not a region")
         endpoint = _parse_endpoint(options.get("endpoint"), region)
-        addressing = options.get("addressing") or ("path" if "endpoint" in options else "virtual")
+        # No certificate of a store is for BUCKET.STORE if the name of the bucket has dots.
+        is_path = "endpoint" in options or "." in parts.netloc
+        addressing = options.get("addressing") or ("path" if is_path else "virtual")
         if addressing not in ("path", "virtual"):
             raise ValueError(f"addressing={addressing[:80]!r} is neither path nor virtual")
         if addressing == "virtual" and endpoint.host.is_address:
@@ -69,8 +71,8 @@ class StoreLocation:
 
     def url(self, key: str = "", query: Iterable[tuple[str, str]] = ()) -> str:
         """Return the URL of the object with `key`, which does not have the prefix, or of the bucket if it is empty."""
-        path = quote(f"{self.prefix}{key}" if key else "", safe=f"/{_UNRESERVED}")
-        parameters = "&".join(f"{name}={quote(value, safe=_UNRESERVED)}" for name, value in query)
+        path = _quote(f"{self.prefix}{key}" if key else "", f"/{_UNRESERVED}")
+        parameters = "&".join(f"{name}={_quote(value, _UNRESERVED)}" for name, value in query)
         if self.path_style:
             base = f"{self.endpoint.origin}/{self.bucket}/{path}" if path else f"{self.endpoint.origin}/{self.bucket}"
         else:
@@ -80,6 +82,10 @@ class StoreLocation:
 
     def __str__(self) -> str:
         return f"the bucket {self.bucket} at {self.endpoint.origin}"
+
+
+def _quote(text: str, safe: str) -> str:
+    return quote(text, safe=safe, errors="surrogateescape")  # other programs may write keys that are no UTF-8
 
 
 def _parse_options(query: str) -> dict[str, str]:

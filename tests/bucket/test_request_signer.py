@@ -80,7 +80,7 @@ def test_credentials_are_refreshed_in_a_thread() -> None:
         }
 
     credentials = RefreshableCredentials.create_from_metadata(refresh(), refresh, "test")
-    signer = RequestSigner(reactor, "eu-1", credentials)
+    signer = RequestSigner(reactor, "eu-1", credentials, lambda: credentials)
     for _ in range(3):
         fields = sign(signer, reactor)
         assert "Credential=KEY2/" in fields["authorization"]
@@ -96,4 +96,38 @@ def test_credentials_that_cannot_be_refreshed() -> None:
             raise CredentialRetrievalError(provider="iam-role", error_msg="no answer")
 
     with pytest.raises(StoreRefused, match=r"cannot be refreshed: .*no answer"):
-        sign(RequestSigner(reactor, "eu-1", Failing()), reactor)
+        sign(RequestSigner(reactor, "eu-1", Failing(), lambda: None), reactor)
+
+
+def write_credentials(path: Any, key: str) -> None:
+    (path / "credentials").write_text(
+        f"[default]\naws_access_key_id = {key}\naws_secret_access_key = s\naws_session_token = t\n"
+    )
+
+
+def test_a_file_of_credentials_is_read_again_if_the_store_refuses_them(tmp_path: Any) -> None:
+    write_credentials(tmp_path, "FIRST")
+    reactor = SteppedReactor()
+    signer = RequestSigner.find_credentials(reactor, "eu-1", {})
+    assert "Credential=FIRST/" in sign(signer, reactor)["authorization"]
+    assert not reactor.run(signer.renew(0)), "the file is as it was"
+    write_credentials(tmp_path, "SECOND")
+    assert not reactor.run(signer.renew(0)), "the file is not read for each request"
+    reactor.advance(10)
+    assert reactor.run(signer.renew(0))
+    assert reactor.run(signer.renew(0)), "one that was signed before the file was read"
+    assert not reactor.run(signer.renew(1))
+    assert "Credential=SECOND/" in sign(signer, reactor)["authorization"]
+
+
+@pytest.mark.parametrize("content", [None, "[default]\naws_access_key_id = HALF\n", "torn ["])
+def test_a_file_that_is_being_written_changes_nothing(tmp_path: Any, content: str | None) -> None:
+    write_credentials(tmp_path, "FIRST")
+    reactor = SteppedReactor()
+    signer = RequestSigner.find_credentials(reactor, "eu-1", {})
+    sign(signer, reactor)
+    (tmp_path / "credentials").unlink()
+    if content is not None:
+        (tmp_path / "credentials").write_text(content)
+    assert not reactor.run(signer.renew(0))
+    assert "Credential=FIRST/" in sign(signer, reactor)["authorization"]

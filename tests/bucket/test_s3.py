@@ -406,3 +406,186 @@ def test_a_delete_that_must_not_come_twice(bucket: S3Bucket, store: FakeStore, r
     for _ in range(2):
         run(bucket.delete_once("a"))
     assert store.objects == {}
+
+
+# answers that are none of an object store
+
+
+def test_a_list_that_is_cut_off_is_an_error(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    """A list without its end would make gc delete what is needed by that."""
+    for flag in ("true", "True", " true "):
+        store.fail(xml("ListBucketResult", f"<IsTruncated>{flag}</IsTruncated>"))
+        with pytest.raises(StoreUnavailable, match="cuts a list off"):
+            run(read_list(bucket, ""))
+
+    async def uploads() -> list[Any]:
+        return [upload async for upload in bucket.list_uploads("")]
+
+    store.fail(xml("ListMultipartUploadsResult", "<IsTruncated>true</IsTruncated>"))
+    with pytest.raises(StoreUnavailable, match="cuts a list off"):
+        run(uploads())
+
+
+CONTENTS = "<Contents><Key>site/{}</Key><Size>1</Size><LastModified>2030-01-01T00:00:00Z</LastModified></Contents>"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("is_empty", [False, True], ids=["keys", "empty pages"])
+@pytest.mark.parametrize("is_fresh", [False, True], ids=["same tokens", "new tokens"])
+def test_a_list_that_repeats_itself_ends(
+    bucket: S3Bucket, store: FakeStore, run: Any, length: int, is_empty: bool, is_fresh: bool
+) -> None:
+    if is_empty and is_fresh:
+        length = 0  # nobody can tell
+
+    def repeat(request: Any) -> ScriptedResponse | None:
+        count = len(store.requests) - 1
+        if length == 0 and count == 20:
+            return xml("ListBucketResult", "<IsTruncated>false</IsTruncated>")
+        store.faults.append(repeat)
+        number = count % length if length else count
+        token = f"<NextContinuationToken>{count if is_fresh else number}</NextContinuationToken>"
+        contents = "" if is_empty else CONTENTS.format(number)
+        return xml("ListBucketResult", f"<IsTruncated>true</IsTruncated>{token}{contents}")
+
+    store.faults.append(repeat)
+    if length:
+        with pytest.raises(StoreUnavailable, match="repeats the pages"):
+            run(read_list(bucket, ""))
+        assert len(store.requests) <= 3 * length + 3
+    else:
+        assert run(read_list(bucket, "")) == []
+
+
+@pytest.mark.parametrize("page", [b"<html><body>Sign in</body></html>", b"<ListBucketsResult/>"])
+def test_a_page_of_something_else_is_no_answer(
+    bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any, page: bytes, small_parts: None
+) -> None:
+    """An empty list, or a blob that is acknowledged and not there, would lose what others need."""
+
+    async def uploads() -> list[Any]:
+        return [upload async for upload in bucket.list_uploads("")]
+
+    run(bucket.put("a", b"x"))
+    for work, only in (
+        (lambda: read_list(bucket, ""), "list-type"),
+        (uploads, "GET"),
+        (lambda: bucket.put_file("k", data_file(bytes(2500)), 2500, Digest.of(bytes(2500))), "uploads"),
+        (lambda: bucket.put_file("k", data_file(bytes(2500)), 2500, Digest.of(bytes(2500))), "POST k uploadId"),
+        (lambda: bucket.copy("a", "b"), "PUT b"),
+        (lambda: bucket.delete(["a", "b"]), "POST"),
+    ):
+        store.fail(ScriptedResponse(200, page), only=only)
+        with pytest.raises(StoreUnavailable, match="in place of"):
+            run(work())
+        assert store.faults == []
+
+
+def test_what_is_not_confirmed_is_not_stored(
+    bucket: S3Bucket, store: FakeStore, run: Any, data_file: Any, small_parts: None
+) -> None:
+    content = bytes(2500)
+    for work in (
+        lambda: bucket.put("k", b"x"),
+        lambda: bucket.create("c", b"x"),
+        lambda: bucket.put_file("k", data_file(b"x"), 1, Digest.of(b"x")),
+        lambda: bucket.put_file("k", data_file(content), 2500, Digest.of(content)),
+    ):
+        store.fail(ScriptedResponse(200, b"<html>"), only="PUT")
+        with pytest.raises(StoreUnavailable, match=r"does not confirm [kc] with an ETag"):
+            run(work())
+    assert store.uploads == {}
+
+
+def test_an_object_without_a_size_is_not_one_that_is_missing(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    for work in (bucket.size, bucket.status):
+        store.fail(ScriptedResponse(200, length=None))
+        with pytest.raises(StoreUnavailable, match="size of k"):
+            run(work("k"))
+
+
+def test_a_creation_ends_if_the_store_contradicts_itself(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    store.fail(refusal(412, "PreconditionFailed"), times=100, only="PUT")
+    with pytest.raises(StoreUnavailable, match="k is there, and that it is not"):
+        run(bucket.create("k", b"x"))
+    assert len(store.requests) == 10
+
+
+@pytest.mark.parametrize(
+    "time",
+    ["2030-01-01T00:00:00", "2030-01-01", "Tue, 01 Jan 2030 00:00:00 GMT", "x" * 9999],
+)
+def test_a_time_without_a_zone_is_none(bucket: S3Bucket, store: FakeStore, run: Any, time: str) -> None:
+    store.fail(xml("ListBucketResult", CONTENTS.format("a").replace("2030-01-01T00:00:00Z", time)))
+    with pytest.raises(StoreUnavailable, match="without a date"):
+        run(read_list(bucket, ""))
+
+
+@pytest.mark.parametrize(
+    ("date", "age"),
+    [
+        ("Tue, 01 Jan 2030 01:00:00 GMT", 3600.0),
+        ("Tue, 01 Jan 2030 01:00:00 +0100", 0.0),
+        ("Tue, 01 Jan 2030 01:00:00 -0000", 3600.0),
+        ("never", 0.0),
+        ("Tue, 01 Jan 2030 01:00:00 +9999999999999999", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_ages_are_by_the_clock_of_the_store(
+    bucket: S3Bucket, store: FakeStore, run: Any, date: str | None, age: float
+) -> None:
+    """Without that clock nothing is old, so that gc deletes nothing because of the clock of this machine."""
+    store.clock.advance(50_000)
+    answer = xml("ListBucketResult", CONTENTS.format("a"), None if date is None else {"date": date})
+    store.fail(answer)
+    [entry] = run(read_list(bucket, ""))
+    assert entry.age == age
+
+
+def test_a_size_that_is_no_number_of_bytes(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    for size in ("-1", "1e3", "\u0663", "9" * 5000):
+        store.fail(xml("ListBucketResult", CONTENTS.format("a").replace("<Size>1<", f"<Size>{size}<")))
+        with pytest.raises(StoreUnavailable, match="without a size"):
+            run(read_list(bucket, ""))
+
+
+ODD_KEYS = ["a\x01b", "a\rb", "a\nb", "\udcff", "\ufffe", "a\u2028b", "a b+c%/?#&=", "<>&\"'", "\u00e9", "\U0001f600"]
+
+
+def test_any_key_of_other_programs_can_be_read_and_deleted(bucket: S3Bucket, store: FakeStore, run: Any) -> None:
+    for key in ODD_KEYS:
+        store.store(f"site/x/{key}", key.encode("utf-8", "surrogateescape"))
+    listed = [entry.key for entry in run(read_list(bucket, "x/"))]
+    assert sorted(listed) == sorted(f"x/{key}" for key in ODD_KEYS)
+    for key in listed:
+        assert run(bucket.get(key, 100)) == key.removeprefix("x/").encode("utf-8", "surrogateescape")
+        run(bucket.copy(key, "copy"))
+    assert "x/\udcff" in [entry.key for entry in run(read_list(bucket, "x/", after="x/\udcfe"))]
+    run(bucket.delete(listed))
+    assert sorted(store.objects) == ["site/copy"]
+
+
+# credentials
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal(400, "ExpiredToken"),
+        refusal(403, "InvalidAccessKeyId"),
+        refusal(403, "AccessDenied"),
+        ScriptedResponse(403),
+    ],
+    ids=["expired", "unknown", "denied", "head"],
+)
+def test_other_credentials_are_used_if_there_are_any(
+    bucket: S3Bucket, store: FakeStore, run: Any, answer: ScriptedResponse
+) -> None:
+    run(bucket.put("k", b"x"))
+    store.signer.others = 1
+    store.fail(answer)
+    assert run(bucket.size("k")) == 1
+    store.fail(answer)
+    with pytest.raises(StoreRefused):
+        run(bucket.size("k"))

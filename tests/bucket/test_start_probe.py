@@ -22,12 +22,15 @@ from dockerproxy.net.store_location import StoreLocation
 VARIABLES = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 
+LISTING = b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"/>'
+
+
 class SmallStore(ThreadingHTTPServer):
     """Keeps the names of objects. It may ignore If-None-Match, or refuse all."""
 
-    def __init__(self, *, knows_conditions: bool, refusal: bytes = b"") -> None:
+    def __init__(self, *, knows_conditions: bool, refusal: bytes = b"", listing: bytes = LISTING) -> None:
         super().__init__(("127.0.0.1", 0), _StoreHandler)
-        self.knows_conditions, self.refusal = knows_conditions, refusal
+        self.knows_conditions, self.refusal, self.listing = knows_conditions, refusal, listing
         self.objects: set[str] = set()
         self.methods: list[str] = []
 
@@ -53,10 +56,11 @@ class _StoreHandler(BaseHTTPRequestHandler):
     def _respond(self, status: int) -> None:
         self.server.methods.append(self.command)
         self.send_response(403 if self.server.refusal else status)
+        content = self.server.refusal or (self.server.listing if self.command == "GET" else b"")
         if status != 204:
-            self.send_header("Content-Length", str(len(self.server.refusal)))
+            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.server.refusal)
+        self.wfile.write(content)
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -121,3 +125,29 @@ def test_a_store_that_does_not_answer_stops_no_start(monkeypatch: pytest.MonkeyP
         [sentence] = StartProbe(location, signer).run(read_only=False)
     assert sentence.startswith("the bucket images at http://127.0.0.1")
     assert "does not answer" in sentence and sentence.endswith("until it does, pushes fail")
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        {"knows_conditions": True, "listing": listing}
+        for listing in (b"", b"<html>MinIO Console</html>", b'{"status": "ok"}', LISTING[:20])
+    ],
+    indirect=True,
+    ids=["empty", "console", "json", "torn"],
+)
+def test_another_server_at_the_endpoint_stops_the_start(store: SmallStore) -> None:
+    for read_only in (False, True):
+        with pytest.raises(StoreRefused, match="not as an object store does; correct endpoint="):
+            probe(store, read_only=read_only)
+    assert store.methods == ["GET", "GET"], "nothing is written to it"
+
+
+def test_a_proxy_whose_password_nobody_may_read_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    location = StoreLocation.parse("s3://images?endpoint=http://store.invalid:9000")
+    unused: Any = None
+    signer = RequestSigner.find_credentials(unused, location.region, VARIABLES)
+    [sentence] = StartProbe(location, signer, f"http://user:hunter2@127.0.0.1:{port}").run(read_only=False)
+    assert "does not answer" in sentence and str(port) in sentence and "hunter2" not in sentence

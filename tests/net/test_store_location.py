@@ -18,6 +18,8 @@ from dockerproxy.net.store_location import StoreLocation
         ("s3://images/p?endpoint=https://rgw.test/", "https://rgw.test/images/p/a/b"),
         ("s3://images?endpoint=http://[::1]:9000", "http://[::1]:9000/images/a/b"),
         ("s3://images?endpoint=https://rgw.test:7480&addressing=virtual", "https://images.rgw.test:7480/a/b"),
+        ("s3://my.images", "https://s3.us-east-1.amazonaws.com/my.images/a/b"),
+        ("s3://my.images?addressing=virtual", "https://my.images.s3.us-east-1.amazonaws.com/a/b"),
         ("s3://images?addressing=path", "https://s3.us-east-1.amazonaws.com/images/a/b"),
     ],
 )

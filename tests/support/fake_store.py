@@ -48,9 +48,21 @@ class _Consumer:
         self.received += data
 
 
-@frozen
+@define
 class UnsignedRequests:
-    """A signer that signs nothing, but notes the hash of the payload as the true one does."""
+    """A signer that signs nothing, but notes the hash of the payload as the true one does.
+
+    `others` is the number of times that it finds other credentials.
+    """
+
+    others: int = 0
+    generation: int = 0
+
+    async def renew(self, generation: int) -> bool:
+        if self.generation == generation and self.others:
+            self.others -= 1
+            self.generation += 1
+        return self.generation != generation
 
     async def sign(
         self, method: str, url: str, fields: Iterable[tuple[str, str]], payload_hash: str
@@ -75,9 +87,10 @@ class FakeStore:
     requests: list[StoreRequest] = field(factory=list)
     lists_at_once: int = 1000
     knows_conditions: bool = True
+    signer: UnsignedRequests = field(factory=UnsignedRequests)
 
     def bucket(self) -> S3Bucket:
-        return S3Bucket(self.clock, self, UnsignedRequests(), LOCATION, self.now, lambda: 0.5)  # type: ignore[arg-type]
+        return S3Bucket(self.clock, self, self.signer, LOCATION, self.now, lambda: 0.5)  # type: ignore[arg-type]
 
     def now(self) -> float:
         return START + self.clock.seconds()
@@ -97,8 +110,8 @@ class FakeStore:
         received = b"" if body is None else await read_body(body)
         parts = urlsplit(url)
         assert parts.path == "/images" or parts.path.startswith("/images/"), parts.path
-        key = unquote(parts.path.removeprefix("/images").removeprefix("/"))
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        key = unquote(parts.path.removeprefix("/images").removeprefix("/"), errors="surrogateescape")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape"))
         request = StoreRequest(method, key.removeprefix(LOCATION.prefix), query, headers, received)
         self.requests.append(request)
         for fault in self.faults:
@@ -136,14 +149,16 @@ class FakeStore:
             case "PUT" if headers.get("if-none-match") == "*" and key in self.objects and self.knows_conditions:
                 return refusal(412, "PreconditionFailed")
             case "PUT" if "x-amz-copy-source" in headers:
-                source = unquote(headers.get("x-amz-copy-source") or "").removeprefix("/images/")
+                source = unquote(headers.get("x-amz-copy-source") or "", errors="surrogateescape").removeprefix(
+                    "/images/"
+                )
                 if source not in self.objects:
                     return refusal(404, "NoSuchKey")
                 self.store(key, self.objects[source])
                 return xml("CopyObjectResult", "<ETag>x</ETag>")
             case "PUT":
                 self.store(key, body)
-                return ScriptedResponse(200)
+                return ScriptedResponse(200, fields={"etag": f'"{hashlib.md5(body).hexdigest()}"'})
             case "POST" if "uploads" in query:
                 upload = f"upload-{len(self.upload_keys)}"
                 self.uploads[upload] = {}
@@ -194,16 +209,14 @@ class FakeStore:
         found = [entry for entry in entries if entry[0].startswith(query["prefix"]) and (entry[0], entry[2]) > after]
         page = found[: self.lists_at_once]
         content = "".join(
-            f"<Upload><Key>{escape(quote(key))}</Key><UploadId>{upload}</UploadId><Initiator><ID>o</ID></Initiator>"
+            f"<Upload><Key>{_quoted(key)}</Key><UploadId>{upload}</UploadId><Initiator><ID>o</ID></Initiator>"
             f"<Initiated>{_date(initiated)}</Initiated></Upload>"
             for key, initiated, upload in page
         )
         marker = ""
         if len(found) > len(page):
             key, _, upload = page[-1]
-            marker = (
-                f"<NextKeyMarker>{escape(quote(key))}</NextKeyMarker><NextUploadIdMarker>{upload}</NextUploadIdMarker>"
-            )
+            marker = f"<NextKeyMarker>{_quoted(key)}</NextKeyMarker><NextUploadIdMarker>{upload}</NextUploadIdMarker>"
         return xml(
             "ListMultipartUploadsResult",
             f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(marker)).lower()}</IsTruncated>{marker}{content}",
@@ -220,10 +233,10 @@ class FakeStore:
             rest = key.removeprefix(prefix)
             if delimiter and delimiter in rest:
                 group = prefix + rest.partition(delimiter)[0] + delimiter
-                entries[group] = f"<CommonPrefixes><Prefix>{escape(quote(group))}</Prefix></CommonPrefixes>"
+                entries[group] = f"<CommonPrefixes><Prefix>{_quoted(group)}</Prefix></CommonPrefixes>"
             else:
                 entries[key] = (
-                    f"<Contents><Key>{escape(quote(key))}</Key><Size>{len(self.objects[key])}</Size>"
+                    f"<Contents><Key>{_quoted(key)}</Key><Size>{len(self.objects[key])}</Size>"
                     f"<LastModified>{_date(self.written[key])}</LastModified><Owner><ID>o</ID></Owner></Contents>"
                 )
         names = [name for name in sorted(entries) if name > after]
@@ -237,6 +250,10 @@ class FakeStore:
             f"<EncodingType>url</EncodingType><IsTruncated>{str(bool(token)).lower()}</IsTruncated>{token}{content}",
             {"date": format_datetime(datetime.fromtimestamp(self.now(), UTC), usegmt=True)},
         )
+
+
+def _quoted(key: str) -> str:
+    return escape(quote(key, errors="surrogateescape"))
 
 
 def _date(time: float) -> str:
