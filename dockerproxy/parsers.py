@@ -18,6 +18,7 @@ from attrs import evolve
 from dockerproxy.durations import parse_duration
 from dockerproxy.errors import NameInvalid
 from dockerproxy.net.addresses import AddressSet, HostPattern, redacted_repr
+from dockerproxy.net.member_addresses import check_addresses, plain
 from dockerproxy.net.public_suffix import has_names_of_everybody
 from dockerproxy.net.store_location import StoreLocation
 from dockerproxy.net.upstream_proxy import UpstreamProxy
@@ -346,6 +347,8 @@ def fleet(text: str) -> tuple[Host, ...]:
         raise ValueError(
             f"{redacted_repr(names[0])} is a name; give either one name whose addresses are the members, or addresses"
         )
+    if not names:
+        check_addresses(tuple(members))
     return tuple(members)
 
 
@@ -359,7 +362,7 @@ def fleet_address(text: str) -> Host:
 
 def _member(word: str) -> Host:
     try:
-        return Host.parse(word, 3128)
+        return plain(Host.parse(word, 3128))
     except NameInvalid:
         raise ValueError(
             f"{redacted_repr(word)} is not a member such as 10.0.0.1 or 10.0.0.1:3128, nor a name that has all of them"

@@ -11,6 +11,7 @@ from attrs import field, frozen
 
 from dockerproxy.cache.pullthrough import PullThrough
 from dockerproxy.cache.upstream import RegistryClient
+from dockerproxy.errors import RegistryError
 from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver
 from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenRegistry
 from dockerproxy.fleet.members import Members
@@ -143,4 +144,7 @@ def _source_address(members: Members, is_own_address: Callable[[Any], bool]) -> 
     if not members.me:
         return None
     name = Host.parse(members.me).name
-    return name if is_own_address(ip_address(name)) else None
+    try:
+        return name if is_own_address(ip_address(name)) else None
+    except RegistryError:  # the kernel cannot be asked: it chooses the address
+        return None

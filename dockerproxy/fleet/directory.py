@@ -12,6 +12,7 @@ from twisted.logger import Logger
 from dockerproxy.concurrency import spawn
 from dockerproxy.errors import RegistryError
 from dockerproxy.fleet.members import Members
+from dockerproxy.net.member_addresses import AddressesInvalid, check_addresses, plain, split_families
 from dockerproxy.oci.names import Host
 
 LOOKUP_INTERVAL = 10.0
@@ -48,13 +49,28 @@ class Identity:
 
     def find(self, members: Iterable[Host]) -> Host | None:
         """Return the member that this daemon is, None if it is not among them. Raise `FleetInvalid` if several are."""
-        if self.address is not None:
-            return self.address if self.address in members else None
-        own = [one for one in members if one.port in self.ports and self.is_own_address(ip_address(one.name))]
+        own = self._own(members)
         if len(own) > 1:
             names = " and ".join(one.authority for one in own)
             raise FleetInvalid(f"FLEET names this machine more than once ({names}); set FLEET_ADDRESS to its own entry")
         return own[0] if own else None
+
+    def choose_family(self, members: Iterable[Host]) -> tuple[Host, ...]:
+        """Return the members of one family: that in which this daemon is one of them, IPv4 if that is so for both.
+
+        A name has addresses of both for each member if the network has. Raise `FleetInvalid` as `find` does.
+        """
+        families = [family for family in split_families(members) if family]
+        own = [family for family in families if self._own(family)]
+        return tuple((own or families or [[]])[0])
+
+    def _own(self, members: Iterable[Host]) -> list[Host]:
+        if self.address is not None:
+            return [one for one in members if one == self.address]
+        try:
+            return [one for one in members if one.port in self.ports and self.is_own_address(ip_address(one.name))]
+        except RegistryError as error:  # the kernel cannot be asked at this moment
+            raise FleetInvalid(error.message) from None
 
 
 def check_list(listed: tuple[Host, ...], identity: Identity) -> None:
@@ -102,8 +118,7 @@ class Directory:
     def change(self, listed: tuple[Host, ...]) -> None:
         """Use another FLEET from now on. `check` it before."""
         self._listed, self._has_warned = listed, False
-        if self._next_look_up is not None and self._next_look_up.active():
-            self._next_look_up.cancel()
+        self._cancel_look_up()
         self.start()
 
     def check(self, listed: tuple[Host, ...]) -> None:
@@ -122,7 +137,7 @@ class Directory:
         if name != self.name:  # FLEET has changed meanwhile
             return
         if addresses:
-            self._use(tuple(Host.parse(f"[{one}]" if ":" in one else one, name.port) for one in addresses))
+            self._use_answer([plain(Host.parse(f"[{one}]" if ":" in one else one, name.port)) for one in addresses])
         elif not self._has_warned:
             self._has_warned = True
             known = len(self._members.names)
@@ -131,18 +146,33 @@ class Directory:
                 name=name.name, reason=reason,
                 action=f"the last {known} members are kept" if known else "this daemon serves alone until it can",
             )  # fmt: skip
+        self._cancel_look_up()  # of a look-up that began at the same time
         self._next_look_up = self.clock.callLater(LOOKUP_INTERVAL, self.start)
+
+    def _cancel_look_up(self) -> None:
+        if self._next_look_up is not None and self._next_look_up.active():
+            self._next_look_up.cancel()
+
+    def _use_answer(self, hosts: list[Host]) -> None:
+        try:
+            self._use(self._identity.choose_family(hosts))
+        except FleetInvalid as error:
+            self._keep(error)
+
+    def _keep(self, error: ValueError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            known = len(self._members.names)
+            log.warn("{reason}; the last {count} members are kept", reason=str(error), count=known)
 
     def _use(self, hosts: tuple[Host, ...]) -> None:
         names = tuple(sorted({host.authority for host in hosts}))
         try:
             _check_number(names)
+            check_addresses(hosts)
             me = self._identity.find(hosts)
-        except FleetInvalid as error:
-            if not self._has_warned:
-                self._has_warned = True
-                known = len(self._members.names)
-                log.warn("{reason}; the last {count} members are kept", reason=str(error), count=known)
+        except (FleetInvalid, AddressesInvalid) as error:
+            self._keep(error)
             return
         self._has_warned = False
         own_name = "" if me is None else me.authority

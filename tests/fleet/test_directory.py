@@ -8,7 +8,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from dockerproxy.errors import ServiceOverloaded
+from dockerproxy.errors import DestinationForbidden, ServiceOverloaded
 from dockerproxy.fleet import directory
 from dockerproxy.fleet.directory import LOOKUP_INTERVAL, Directory, FleetInvalid, Identity, check_list
 from dockerproxy.fleet.members import Members
@@ -25,8 +25,8 @@ def hosts(*names: str) -> tuple[Host, ...]:
     return tuple(Host.parse(name, 3128) for name in names)
 
 
-def identity(address: str | None = None) -> Identity:
-    return Identity(None if address is None else Host.parse(address, 3128), frozenset({3128}), is_own)
+def identity(address: str | None = None, own: Any = is_own) -> Identity:
+    return Identity(None if address is None else Host.parse(address, 3128), frozenset({3128}), own)
 
 
 class ScriptedResolver:
@@ -50,10 +50,9 @@ def test_the_own_address_with_the_port_of_the_proxy_is_this_daemon() -> None:
         (None, ("10.0.0.2", "10.0.0.3"), "FLEET has no address of this machine with the port of the proxy (3128)"),
         (None, ("10.0.0.1:80", "10.0.0.3"), "FLEET has no address of this machine with the port of the proxy (3128)"),
         (None, ("10.0.0.1", "10.0.0.9"), "more than once (10.0.0.1:3128 and 10.0.0.9:3128); set FLEET_ADDRESS"),
-        (None, ("10.0.0.1", "[fd00::1]"), "more than once (10.0.0.1:3128 and [fd00::1]:3128)"),
         ("10.0.0.4", ("10.0.0.1", "10.0.0.3"), "FLEET does not have FLEET_ADDRESS, 10.0.0.4:3128"),
     ],
-    ids=["nobody", "other-port", "twice", "both-families", "not-listed"],
+    ids=["nobody", "other-port", "twice", "not-listed"],
 )
 def test_a_list_that_does_not_say_who_this_daemon_is_is_refused(
     address: str | None, listed: tuple[str, ...], sentence: str
@@ -68,12 +67,12 @@ def test_the_setting_chooses_between_several_own_addresses() -> None:
 
 
 class DirectoryHarness:
-    def __init__(self, *listed: str, address: str | None = None) -> None:
+    def __init__(self, *listed: str, address: str | None = None, own: Any = is_own) -> None:
         self.clock, self.resolver = Clock(), ScriptedResolver()
         self.members = Members(self.clock.seconds)
         self.changes: list[tuple[str, ...]] = []
         self.directory = Directory(
-            self.clock, hosts(*listed), identity(address), self.resolver, self.members, self.changes.append
+            self.clock, hosts(*listed), identity(address, own), self.resolver, self.members, self.changes.append
         )
 
 
@@ -88,18 +87,18 @@ def test_a_name_is_looked_up_again_and_the_last_good_list_is_kept() -> None:
     harness = DirectoryHarness("fleet.example:3128")
     harness.directory.start()
     assert harness.members.names == ()  # it serves alone
-    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2", "fd00::2"]
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
     harness.clock.advance(LOOKUP_INTERVAL)
-    known = ("10.0.0.1:3128", "10.0.0.2:3128", "[fd00::2]:3128")
+    known = ("10.0.0.1:3128", "10.0.0.2:3128", "10.0.0.3:3128")
     assert harness.members.names == known and harness.members.me == "10.0.0.1:3128"
     harness.resolver.addresses = []
     harness.clock.advance(LOOKUP_INTERVAL)
     harness.resolver.error = ServiceOverloaded("too many look-ups")
     harness.clock.advance(LOOKUP_INTERVAL)
     assert harness.members.names == known
-    harness.resolver.error, harness.resolver.addresses = None, ["10.0.0.2", "10.0.0.3"]
+    harness.resolver.error, harness.resolver.addresses = None, ["10.0.0.2", "10.0.0.4"]
     harness.clock.advance(LOOKUP_INTERVAL)
-    assert harness.members.names == ("10.0.0.2:3128", "10.0.0.3:3128") and harness.members.me == ""
+    assert harness.members.names == ("10.0.0.2:3128", "10.0.0.4:3128") and harness.members.me == ""
     assert len(harness.changes) == 2
 
 
@@ -216,3 +215,88 @@ def test_members_by_ipv6_are_found_in_each_spelling() -> None:
     harness.resolver.addresses = ["fd00::1", "fd00:0:0::2"]
     harness.directory.start()
     assert harness.members.names == ("[fd00::1]:3128", "[fd00::2]:3128") and harness.members.me == "[fd00::1]:3128"
+
+
+@pytest.mark.parametrize(
+    ("own", "address", "names", "me"),
+    [
+        ({"10.0.0.1", "fd00::1"}, None, ("10.0.0.1:3128", "10.0.0.2:3128"), "10.0.0.1:3128"),
+        ({"fd00::1"}, None, ("[fd00::1]:3128", "[fd00::2]:3128"), "[fd00::1]:3128"),
+        ({"10.0.0.1", "fd00::1"}, "[fd00::2]", ("[fd00::1]:3128", "[fd00::2]:3128"), "[fd00::2]:3128"),
+        (set(), None, ("10.0.0.1:3128", "10.0.0.2:3128"), ""),
+    ],
+    ids=["both", "ipv6-only", "by-setting", "nobody"],
+)
+def test_a_name_with_addresses_of_both_families_is_one_fleet(
+    own: set[str], address: str | None, names: tuple[str, ...], me: str
+) -> None:
+    """Each member of a network with both has two addresses, and connects from one."""
+    harness = DirectoryHarness("fleet.example", address=address, own=lambda one: str(one) in own)
+    harness.resolver.addresses = ["fd00::1", "10.0.0.1", "10.0.0.2", "fd00::2"]
+    harness.directory.start()
+    assert (harness.members.names, harness.members.me) == (names, me)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [["0.0.0.0"], ["10.0.0.1", "127.0.0.1"], ["::"], ["224.0.0.9", "10.0.0.1"], ["fe80::1"], ["10.0.0.1", "10.0.0.9"]],
+    ids=["blocked", "loopback-beside-others", "any", "group", "link-local", "twice"],
+)
+def test_an_answer_that_is_no_fleet_keeps_the_last_list(answer: list[str]) -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2"]
+    harness.directory.start()
+    harness.resolver.addresses = answer
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.2:3128")
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.3"]
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.3:3128")
+
+
+def test_an_address_in_the_form_of_ipv6_is_that_of_ipv4() -> None:
+    harness = DirectoryHarness("fleet.example")
+    harness.resolver.addresses = ["::ffff:10.0.0.1", "::ffff:10.0.0.2", "10.0.0.2"]
+    harness.directory.start()
+    assert harness.members.names == ("10.0.0.1:3128", "10.0.0.2:3128") and harness.members.me == "10.0.0.1:3128"
+
+
+def test_a_kernel_that_cannot_be_asked_for_a_moment_ends_no_look_ups() -> None:
+    failures = [DestinationForbidden("cannot ask the kernel: Too many open files")]
+
+    def own(address: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return is_own(address)
+
+    harness = DirectoryHarness("fleet.example", own=own)
+    harness.resolver.addresses = ["10.0.0.1", "10.0.0.2"]
+    harness.directory.start()
+    assert harness.members.names == ()
+    harness.clock.advance(LOOKUP_INTERVAL)
+    assert harness.members.me == "10.0.0.1:3128"
+
+
+def test_a_kernel_that_cannot_be_asked_at_the_start_is_a_sentence() -> None:
+    def own(address: Any) -> bool:
+        raise DestinationForbidden("cannot ask the kernel: does a sandbox forbid AF_NETLINK?")
+
+    with pytest.raises(FleetInvalid, match="does a sandbox forbid AF_NETLINK"):
+        check_list(hosts("10.0.0.1"), identity(own=own))
+
+
+def test_a_reload_during_a_look_up_begins_no_second_row_of_look_ups() -> None:
+    harness = DirectoryHarness("fleet.example")
+    answers: list[Deferred[list[str]]] = []
+
+    async def resolve(name: str, client: str = "") -> list[str]:
+        answers.append(Deferred())
+        return await answers[-1]
+
+    harness.resolver.resolve = resolve  # type: ignore[method-assign]
+    harness.directory.start()
+    for _ in range(3):
+        harness.directory.change(hosts("fleet.example"))
+    for answer in answers:
+        answer.callback(["10.0.0.1", "10.0.0.2"])
+    assert len(harness.clock.getDelayedCalls()) == 1
