@@ -237,6 +237,13 @@ class ResponseCutOff(UpstreamBroken):
     """The connection ended within the body, or at its end if nothing tells where that is. Only a digest can tell."""
 
 
+class EndUnconfirmed(ResponseCutOff):
+    """The peer ended the connection in order, but neither the response nor TLS says that its content ends there.
+
+    Many servers do not send TLS's close_notify. Clients therefore take this for the end of the content.
+    """
+
+
 class DestinationForbidden(UpstreamError):
     """The settings forbid connections to the address."""
 

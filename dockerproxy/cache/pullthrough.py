@@ -45,6 +45,7 @@ from dockerproxy.errors import (
     is_outage,
 )
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import READ_METHODS
 from dockerproxy.oci.challenge import Challenge
 from dockerproxy.oci.content import BlobResponse, ManifestResponse
 from dockerproxy.oci.manifests import (
@@ -446,7 +447,7 @@ class CachedRegistry:
         request = RegistryRequest(
             method, self.registry, path,
             name=target.name or None, credential=credential, headers=headers, body=body, follow=False,
-            actions="pull" if method in ("GET", "HEAD") else "pull,push",
+            actions="pull" if method in READ_METHODS else "pull,push",
         )  # fmt: skip
         return self._decoded(await self.cache.upstream.request(request))
 

@@ -12,6 +12,7 @@ from twisted.internet.interfaces import IProtocol
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.errors import (
     CaptivePortalSuspected,
+    EndUnconfirmed,
     HeadRefused,
     IntermediaryRefused,
     RegistryError,
@@ -158,7 +159,10 @@ class DecodedResponse(WrappedResponse):
         """Return the next piece of the content; ``b""`` at the end. Raise `UpstreamError`."""
         try:
             while not (piece := next(self._pieces, b"")):
-                data = await self._response.read_chunk()
+                try:
+                    data = await self._response.read_chunk()
+                except EndUnconfirmed:  # the coding tells whether it is complete
+                    data = b""
                 if not data:
                     if self._size:
                         self._decoder.finish()

@@ -6,6 +6,7 @@ If the two agree on another protocol (status 101), their connections become a tu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -13,6 +14,7 @@ from twisted.internet.interfaces import IConsumer, IProtocol
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
+from dockerproxy.errors import EndUnconfirmed
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.message import body_framing, render_head
 from dockerproxy.http.request import Request
@@ -103,10 +105,11 @@ async def forward_response(request: Request, response: ForwardedResponse, fields
     response.count_for(request.response_buffers)
     try:
         request.start(response.status, fields, response.length)
-        while data := await response.read_chunk():
-            request.write(data)
-            del data
-            await request.drain()
+        with suppress(EndUnconfirmed):  # the client would take it for the end, too
+            while data := await response.read_chunk():
+                request.write(data)
+                del data
+                await request.drain()
         request.finish()
     except BaseException:
         response.abort()

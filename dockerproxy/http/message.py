@@ -19,6 +19,8 @@ from dockerproxy.oci.lists import TOKEN
 from dockerproxy.oci.names import Host
 
 SAFE_METHODS = ("GET", "HEAD")
+READ_METHODS = (*SAFE_METHODS, "OPTIONS")
+"""Those that change nothing (RFC 9110, section 9.2.1) and are passed on. TRACE would return a login."""
 """The methods that only read (RFC 9110, section 9.2.1), of those that this server has."""
 
 MAX_HEAD = 32 * 1024
@@ -40,6 +42,7 @@ _SERVER_SUFFIX = " (docker-registry-proxy)"
 
 # Chunked coding. Whitespace before an extension (BWS) is refused: no client sends it, and parsers disagree about it.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_LENIENT_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[^\n]*)?")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
 _MAX_LINE = 1024
 _MAX_TRAILERS = 8192
@@ -254,11 +257,15 @@ class ChunkedDecoder:
 
     Between calls it buffers part of one line, at most `_MAX_LINE` bytes. The decoded content, its end and any error do
     not depend on how the input is split.
+
+    A `lenient` one accepts what clients accept of servers: lines that end in LF, whitespace behind a size, and trailers
+    of any form. That is not for requests, which another server in front of this one may have read differently.
     """
 
-    __slots__ = ("_chunk_remaining", "_pending", "_state", "_trailers_size", "_unused_data")
+    __slots__ = ("_chunk_remaining", "_lenient", "_pending", "_state", "_trailers_size", "_unused_data")
 
-    def __init__(self) -> None:
+    def __init__(self, *, lenient: bool = False) -> None:
+        self._lenient = lenient
         self._state = "size"  # size, data, end for each chunk; after the last size: trailers, done
         self._chunk_remaining = 0
         self._trailers_size = 0
@@ -297,16 +304,22 @@ class ChunkedDecoder:
                 if not self._chunk_remaining:
                     self._state = "end"
                 continue
-            if self._state == "end" and not b"\r\n".startswith(data[position : position + 2]):
+            if self._state == "end" and not self._may_end_chunk(data[position : position + 2]):
                 raise BadRequest("a chunk is longer than its declared size")
-            line = _read_line(data, position)
-            if line is None:
+            end = _find_line_end(data, position)
+            if end is None:
                 self._pending = data[position:]
                 return pieces
-            position += len(line) + 2
-            self._parse_line(line)
+            line = data[position:end]
+            position = end + 1
+            if not self._lenient and not line.endswith(b"\r"):
+                raise BadRequest("a line of the chunked body ends in LF without CR")
+            self._parse_line(line.removesuffix(b"\r"))
         self._unused_data = data[position:]
         return pieces
+
+    def _may_end_chunk(self, start: bytes) -> bool:
+        return b"\r\n".startswith(start) or (self._lenient and start.startswith(b"\n"))
 
     def _parse_line(self, line: bytes) -> None:
         if self._state == "size":
@@ -315,27 +328,24 @@ class ChunkedDecoder:
             self._state = "size"
         elif line:
             self._trailers_size += len(line)
-            if self._trailers_size > _MAX_TRAILERS or not _TRAILER.fullmatch(line):
+            if self._trailers_size > _MAX_TRAILERS or not (self._lenient or _TRAILER.fullmatch(line)):
                 raise BadRequest("a trailer field of the chunked body is malformed, or the trailers are too long")
         else:
             self._state = "done"
 
     def _parse_chunk_size(self, line: bytes) -> None:
-        match = _CHUNK_SIZE.fullmatch(line)
+        match = (_LENIENT_CHUNK_SIZE if self._lenient else _CHUNK_SIZE).fullmatch(line)
         if match is None:
             raise BadRequest("a chunk size is malformed")
         self._chunk_remaining = int(match[1], 16)
         self._state = "data" if self._chunk_remaining else "trailers"
 
 
-def _read_line(data: bytes, position: int) -> bytes | None:
-    """Return the line that starts at `position`, without its CR LF, or None if it is incomplete."""
+def _find_line_end(data: bytes, position: int) -> int | None:
+    """Return the index of the LF of the line that starts at `position`, or None if the line is incomplete."""
     end = data.find(b"\n", position, position + _MAX_LINE + 2)
-    if end < 0:
-        if len(data) - position > _MAX_LINE + 1:
-            raise BadRequest(f"a line of the chunked body is longer than {_MAX_LINE} bytes")
-        return None
-    line = data[position:end]
-    if not line.endswith(b"\r"):
-        raise BadRequest("a line of the chunked body ends in LF without CR")
-    return line[:-1]
+    if end >= 0:
+        return end
+    if len(data) - position > _MAX_LINE + 1:
+        raise BadRequest(f"a line of the chunked body is longer than {_MAX_LINE} bytes")
+    return None

@@ -10,6 +10,7 @@ from typing import Any
 
 from attrs import frozen
 from OpenSSL import SSL
+from twisted.internet.error import ConnectionLost
 from twisted.internet.interfaces import IHandshakeListener, IProtocol
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 
@@ -33,6 +34,13 @@ _MAX_WRITE = 256 * 1024 if _MULTI_RECORD_WRITES else RECORD_SIZE  # bytes per SS
 
 # Alerts of RFC 8446, section 6.2, as OpenSSL spells them.
 _UNTRUSTED_CERTIFICATE_ALERTS = ("unknown ca", "certificate unknown", "bad certificate")
+
+
+_UNEXPECTED_EOF = (-1,)  # of pyOpenSSL's SysCallError; other values are those of errno
+
+
+class UnannouncedEnd(ConnectionLost):
+    """The peer has ended the connection, but without TLS's close_notify, so that it may have been anybody."""
 
 
 def make_record_reader() -> tuple[memoryview, Callable[[SSL.Connection, int], int]]:
@@ -176,8 +184,8 @@ class TLSTransport(SocketTransport):
             pass
         except SSL.ZeroReturnError:
             reason = CONNECTION_DONE
-        except SSL.Error:
-            reason = CONNECTION_LOST
+        except SSL.Error as error:
+            reason = UnannouncedEnd() if error.args[:1] == _UNEXPECTED_EOF else CONNECTION_LOST
         if size:
             self.protocol.dataReceived(bytes(_read_buffer[:size]))
         return reason

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dockerproxy.errors import NameInvalid, Unauthorized, Unsupported
+from dockerproxy.http.message import READ_METHODS
 from dockerproxy.http.request import Request
 from dockerproxy.oci.credentials import BasicCredentials, is_empty_login
 from dockerproxy.oci.names import Host, Registry
@@ -112,7 +113,7 @@ class AnonymousPull:
         elif has_authorization:
             challenge = self._challenge(request, target)
             return Principal.of(request, await _authenticate(self._htpasswd, request, challenge))
-        is_read = request.method in ("GET", "HEAD") and target.kind is not Kind.UPLOAD
+        is_read = request.method in READ_METHODS and target.kind is not Kind.UPLOAD
         if not is_read or (target.kind is Kind.BASE and not has_authorization):
             message = "authentication required to write to this registry"
             raise Unauthorized(message, headers=self._challenge(request, target))
@@ -121,7 +122,7 @@ class AnonymousPull:
     def _challenge(self, request: Request, target: Target) -> FieldList:
         value = f'Bearer realm="{self._base_url(request)}{HOSTED_TOKEN_PATH}",service="{self._realm}"'
         if target.name:
-            actions = "pull" if request.method in ("GET", "HEAD") else "pull,push"
+            actions = "pull" if request.method in READ_METHODS else "pull,push"
             value += f',scope="repository:{target.name}:{actions}"'
         return [("WWW-Authenticate", value)]
 

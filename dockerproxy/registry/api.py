@@ -21,7 +21,7 @@ from dockerproxy.oci.routes import Kind, Target, parse_query
 from dockerproxy.oci.uploads import UploadParameters, UploadStatus, range_header
 from dockerproxy.registry.backend import PullBackend, RegistryBackend, UploadChunk
 from dockerproxy.registry.principal import Principal
-from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields, respond_ping
+from dockerproxy.registry.responses import API_VERSION, FieldList, cache_status_fields, respond_options, respond_ping
 from dockerproxy.registry.streaming import WHOLE_OF_UNKNOWN_SIZE, read_segments, stream_content
 from dockerproxy.shares import ClientShares
 
@@ -58,7 +58,10 @@ class RegistryAPI:
         operation = _OPERATIONS.get(_operation_key(request, target))
         if operation is not None:
             return operation(self, request, target, backend, principal)
-        allowed = ", ".join(allowed_methods(target.kind))
+        methods = allowed_methods(target.kind)
+        if request.method == "OPTIONS":
+            return respond_options(request, methods)
+        allowed = ", ".join(methods)
         raise Unsupported(f"{request.method} is not supported here; supported: {allowed}", headers=[("Allow", allowed)])
 
     def handle_pull(self, request: Request, target: Target, backend: PullBackend) -> Awaitable[None] | None:

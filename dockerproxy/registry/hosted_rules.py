@@ -5,10 +5,9 @@ from __future__ import annotations
 from attrs import define
 
 from dockerproxy.errors import Unsupported
+from dockerproxy.http.message import READ_METHODS, SAFE_METHODS
 from dockerproxy.http.request import Request
 from dockerproxy.oci.routes import Kind, Target
-
-_READS = ("GET", "HEAD")
 
 
 @define
@@ -24,7 +23,7 @@ class HostedRules:
 
     def check(self, request: Request, target: Target) -> None:
         """Raise `Unsupported` if the settings do not allow the request."""
-        if request.method in _READS:
+        if request.method in READ_METHODS:
             return
         if self.read_only:
             raise _refusal("this registry is read-only (REGISTRY_READ_ONLY); pushes and deletions are switched off")
@@ -34,4 +33,4 @@ class HostedRules:
 
 
 def _refusal(message: str) -> Unsupported:
-    return Unsupported(message, headers=[("Allow", ", ".join(_READS))])
+    return Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])

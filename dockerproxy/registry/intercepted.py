@@ -9,14 +9,14 @@ from typing import Protocol
 
 from dockerproxy.errors import NameUnknown, RegistryError, Unauthorized, Unsupported
 from dockerproxy.http.cross_origin import CrossOriginProtection, is_preflight, respond_preflight
-from dockerproxy.http.message import SAFE_METHODS, origin_form
+from dockerproxy.http.message import READ_METHODS, SAFE_METHODS, origin_form
 from dockerproxy.http.request import Request
 from dockerproxy.http.tunnel import Tunnels
 from dockerproxy.oci.docker_hub import canonical_registry, registry_label
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.oci.routes import Kind, Target, is_api_path, route
 from dockerproxy.registry.api import RegistryAPI
-from dockerproxy.registry.responses import respond_error, respond_ping
+from dockerproxy.registry.responses import respond_error, respond_options, respond_ping
 from dockerproxy.registry.upstream import (
     Namespace,
     UpstreamRegistry,
@@ -90,7 +90,7 @@ class Intercepted:
         if token_registry is not None and request.method in ("GET", "POST"):
             self._cross_origin.check(request)
             return self._handle_token(token_registry, request)
-        if request.method not in (*SAFE_METHODS, "OPTIONS") and is_api_path(request.path):
+        if request.method not in READ_METHODS and is_api_path(request.path):
             self._cross_origin.check(request)
             check_push(request, self._allow_push)
         if registry != server:
@@ -114,7 +114,7 @@ class Intercepted:
         )
         if pull is not None:
             return pull
-        if request.method not in SAFE_METHODS:
+        if request.method not in READ_METHODS:
             check_push(request, self._allow_push)
         return forward_request(request, upstream, target)
 
@@ -159,6 +159,8 @@ class Mirror:
             _check_default(request)
         self._cross_origin.check(request, pull=target.kind is not Kind.BASE)
         request.host, request.registry, request.kind = str(registry), registry_label(registry), target.kind
+        if request.method == "OPTIONS":
+            return respond_options(request, SAFE_METHODS)
         if request.method not in SAFE_METHODS:
             message = "a mirror is read-only; push to the registry itself"
             raise Unsupported(message, headers=[("Allow", ", ".join(SAFE_METHODS))])

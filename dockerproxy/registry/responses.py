@@ -90,6 +90,11 @@ def respond_ping(request: Request) -> None:
     request.respond(200, [("Content-Type", "application/json"), API_VERSION], b"{}")
 
 
+async def respond_options(request: Request, allowed: Iterable[str]) -> None:
+    """Respond to OPTIONS with the `allowed` methods (RFC 9110, section 9.3.7), as CNCF distribution does."""
+    request.respond(200, [("Allow", ", ".join(allowed)), API_VERSION])
+
+
 def respond_error(request: Request, error: RegistryError, challenge: Iterable[tuple[str, str]] = ()) -> None:
     """Respond with `error`. A refusal by upstream keeps upstream's own words.
 

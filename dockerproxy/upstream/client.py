@@ -16,6 +16,7 @@ from dockerproxy.errors import (
     UpstreamError,
 )
 from dockerproxy.http.headers import Headers
+from dockerproxy.http.message import SAFE_METHODS
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.challenge import parse_challenges
 from dockerproxy.oci.names import Registry
@@ -109,7 +110,8 @@ class UpstreamClient:
             response.headers = response.headers.without(*_ACCOUNT_FIELDS)
         # A server before the registry may say that it has changed the content (203, RFC 9110, section 15.3.4), or send
         # a part that is the whole (206). The digest decides about it, as about all framing.
-        if response.status == 203 or (response.status == 206 and "range" not in request.headers):
+        is_whole_part = response.status == 206 and "range" not in request.headers
+        if is_whole_part or (request.method in SAFE_METHODS and _has_content(response.status)):
             response.status = 200
         return response
 
@@ -242,6 +244,11 @@ class UpstreamClient:
                 raise UpstreamBroken(f"{registry}: it redirects in a loop, or more than {MAX_REDIRECTS} times")
             visited.add(url)
             _check_downgrade(registry, url)
+
+
+def _has_content(status: int) -> bool:
+    """Return whether clients take the content of a response to GET as they do that of 200."""
+    return 200 < status < 300 and status not in (204, 205, 206)
 
 
 def _challenge_fields(response: Response) -> list[tuple[str, str]]:

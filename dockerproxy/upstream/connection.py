@@ -21,9 +21,17 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
-from dockerproxy.errors import ResponseCutOff, UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from dockerproxy.errors import (
+    EndUnconfirmed,
+    ResponseCutOff,
+    UpstreamBroken,
+    UpstreamError,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from dockerproxy.http.headers import Headers
 from dockerproxy.http.stream import ByteStream, ClientBuffers
+from dockerproxy.http.tls import UnannouncedEnd
 from dockerproxy.http.transport import READ_SIZE, RECORD_SIZE, SocketTransport
 from dockerproxy.http.upgrade import switches_as_requested
 from dockerproxy.oci.names import Digest
@@ -35,9 +43,11 @@ from dockerproxy.upstream.http1 import (
     BodyReader,
     ResponseHead,
     body_reader_for,
+    find_head_end,
     parse_content_length,
     parse_response_head,
     should_keep_alive,
+    transfer_codings,
 )
 from dockerproxy.upstream.idle_timer import IdleTimer
 from dockerproxy.upstream.tls import ClientHandshake
@@ -106,7 +116,7 @@ class Response:
         self.url = url
         self.status = head.status
         self.headers: Headers = head.headers
-        self.length = None if "transfer-encoding" in head.headers else parse_content_length(head.headers)
+        self.length = None if transfer_codings(head.headers) else parse_content_length(head.headers)
         self.on_received: Callable[[int], None] | None = None
         self._stream = stream
         self._connection = connection
@@ -150,7 +160,7 @@ class Response:
         On any error the response is aborted, so no connection stays open because its reader has left.
 
         With a `digest`, content that matches it is returned whatever the framing and coding: also if the connection was
-        cut off, and as it was sent if only that matches.
+        cut off, and as it was sent if only that matches. Without one, `EndUnconfirmed` is the end.
         """
         try:
             return await self._read_all(limit, digest)
@@ -168,9 +178,9 @@ class Response:
                     raise UpstreamBroken(f"{self._connection.authority}: its response exceeds {limit} bytes")
                 parts.append(data)
         except ResponseCutOff as error:
-            if digest is None:
+            if digest is None and not isinstance(error, EndUnconfirmed):
                 raise
-            cut_off = error
+            cut_off = None if digest is None else error
         content = self._decode(b"".join(parts), limit, digest)
         if cut_off is not None and not _matches(content, digest):
             raise cut_off
@@ -390,13 +400,13 @@ class UpstreamConnection(Protocol):
     def _read_head(self, data: bytes) -> None:
         self._buffer += data
         while self._response_waiter is not None:
-            end = self._buffer.find(b"\r\n\r\n")
-            if self._interim_size + (end if end >= 0 else len(self._buffer)) > MAX_HEAD:
+            end = find_head_end(self._buffer)
+            if self._interim_size + (len(self._buffer) if end is None else end[0]) > MAX_HEAD:
                 self._fail(UpstreamBroken(f"{self.authority}: its response head exceeds {MAX_HEAD} bytes"))
                 return
-            if end < 0:
+            if end is None:
                 return
-            raw, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+            raw, self._buffer = self._buffer[: end[0]], self._buffer[end[1] :]
             try:
                 self._handle_head(parse_response_head(raw), len(raw), self._response_waiter)
             except ValueError as error:
@@ -504,14 +514,19 @@ class UpstreamConnection(Protocol):
             error_type = UpstreamBroken if self._buffer or self._interim_size else ConnectionDropped
             self._fail(error_type(f"{self.authority}: closed the connection before a complete response head"))
         elif self._response is not None:
-            shortfall = self._body_reader.read_eof()
-            if shortfall is None and not isinstance(reason.value, ConnectionDone):
-                shortfall = "the connection broke within a response of unknown length"
-            if shortfall is None:
-                self._finish_response()
-            else:
-                self._fail(ResponseCutOff(f"{self.authority}: {shortfall}"))
+            self._end_response(reason)
         self._owner.on_connection_lost(self)
+
+    def _end_response(self, reason: Failure) -> None:
+        """End the response, given that the connection was lost by `reason`."""
+        shortfall = self._body_reader.read_eof()
+        if shortfall is not None:
+            self._fail(ResponseCutOff(f"{self.authority}: {shortfall}"))
+        elif isinstance(reason.value, ConnectionDone):
+            self._finish_response()
+        else:
+            error_type = EndUnconfirmed if isinstance(reason.value, UnannouncedEnd) else ResponseCutOff
+            self._fail(error_type(f"{self.authority}: the connection broke within a response of unknown length"))
 
     def _on_read_timeout(self) -> None:
         self._fail(UpstreamTimeout(f"{self.authority}: timed out, received nothing for {self._timeouts.read:g} s"))

@@ -193,7 +193,32 @@ WAYS = {
     "stacked": respond_encoded("deflate", "gzip"),
     "identity": respond_encoded("identity"),
     "a wrong field": respond_encoded("LIE:gzip"),
+    "interim": fake_registry.respond_odd_head(
+        before="HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    ),
+    "folded": fake_registry.respond_odd_head("X-Folded: a", "\tb", "  c"),
+    "LF": fake_registry.respond_odd_head(line_end="\n"),
+    "spaces": fake_registry.respond_odd_head("X-Space : a", "X Odd Name: a", status_line="HTTP/1.1  200 OK"),
+    "many fields": fake_registry.respond_odd_head(*(f"X-{number}: {'x' * 1000}" for number in range(200))),
+    "lengths": fake_registry.respond_odd_head("Content-Length: LENGTH, LENGTH", "Transfer-Encoding: identity"),
+    "created": fake_registry.respond_odd_head(status_line="HTTP/1.1 201 Created"),
+    "odd chunks": fake_registry.respond_odd_chunks(b"%x \t; a=b\r\n"),
+    "chunks with LF": fake_registry.respond_odd_chunks(b"%x\n", b"\n"),
+    "chunks of HTTP/1.0": fake_registry.respond_odd_chunks(version="1.0"),
 }
+
+
+def test_lists_and_pages_that_end_without_end_of_tls(upstreams: Upstreams, daemon: TwistdDaemon) -> None:
+    for path in ("/v2/no/end/tags/list", "/page"):
+
+        def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+            exchange.send_head(200, {"Content-Type": "application/json", "Connection": "close"})
+            exchange.send_body(b'{"name": "no/end", "tags": []}')
+            exchange.close_after_response()
+
+        upstreams.fake.add_rule("GET", path, respond)
+        response = daemon.client.get(f"{FAKE}{path}")
+        assert (response.status, response.body) == (200, b'{"name": "no/end", "tags": []}')
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -72,6 +72,7 @@ from dockerproxy.store.references import extract_references
 from dockerproxy.upstream.http1 import (
     BodyReader,
     body_reader_for,
+    find_head_end,
     parse_response_head,
     render_request_head,
     should_keep_alive,
@@ -131,7 +132,8 @@ def _decode(parts: Iterable[bytes]) -> tuple[bytes, bytes | None, str]:
 
 def response_head(data: bytes) -> None:
     """The head of a response from upstream, and the body behind it."""
-    raw, _, body = data.partition(b"\r\n\r\n")
+    end = find_head_end(data) or (len(data), len(data))
+    raw, body = data[: end[0]], data[end[1] :]
     try:
         head = parse_response_head(raw)
         readers = body_reader_for("GET", head), body_reader_for("GET", head)

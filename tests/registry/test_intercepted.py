@@ -1197,6 +1197,8 @@ def test_mirror_rejects_push(connect_mirror: Any, upstream: Any, method: str, ta
     response = client.fetch(method, url, [("Content-Length", "1000000")])
     assert (response.status, error_code(response), response.headers["Allow"]) == (405, "UNSUPPORTED", "GET, HEAD")
     assert "ALLOW_PUSH" not in response.body.decode()  # because that setting would not help
+    response = connect_mirror().fetch("OPTIONS", url)
+    assert (response.status, response.headers["Allow"]) == (200, "GET, HEAD")
     assert upstream.forwarded_requests == upstream.open_calls == []
 
 
@@ -1257,6 +1259,17 @@ def test_pages_of_other_sites_do_not_push(connect_intercepted: Any, upstream: An
         response = connect_intercepted(allow_push=True).fetch(method, path, FOREIGN)
         assert (response.status, error_code(response)) == (403, "DENIED"), path
     assert upstream.forwarded_requests == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/", "/v2/a/b/manifests/1", "/v2/a/b/blobs/uploads/", "/v2/a/b/tags/list", "/page"]
+)
+def test_options_is_passed_on(connect_intercepted: Any, upstream: Any, fake_response: Any, path: str) -> None:
+    """It changes nothing, so ALLOW_PUSH is not about it."""
+    upstream.response = fake_response(200, [("allow", "GET, PUT")], b"")
+    response = connect_intercepted().fetch("OPTIONS", path)
+    assert (response.status, response.headers["allow"]) == (200, "GET, PUT")
+    assert [forwarded.method for forwarded in upstream.forwarded_requests] == ["OPTIONS"]
 
 
 def test_a_page_of_cors_origins_reads(connect_client: Any, upstream: Any, fake_response: Any) -> None:

@@ -378,10 +378,16 @@ class UpstreamClientTests(TestCase):
     async def test_other_successes_mean_that_the_content_follows(self) -> None:
         """docker and containerd take them. A part is one only if it was asked for."""
         part = Headers([("Range", "bytes=0-1")])
-        for status, headers, expected in ((203, Headers(), 200), (206, Headers(), 200), (206, part, 206)):
+        for method, status, headers, expected in (
+            *(("GET", status, Headers(), 200) for status in (201, 202, 203, 206, 207, 299)),
+            *(("GET", status, Headers(), status) for status in (204, 205)),
+            ("GET", 206, part, 206),
+            ("POST", 202, Headers(), 202),
+        ):
             self.servers.respond = lambda request, status=status: (status, {"Content-Range": "bytes 0-1/2"}, b"ok")
-            response = await self.send_request(headers=headers)
-            self.assertEqual((response.status, await response.read_all(2)), (expected, b"ok"))
+            response = await self.send_request(method=method, headers=headers)
+            self.assertEqual(response.status, expected)
+            self.assertEqual(await response.read_all(2), b"" if status == 204 else b"ok")
 
     async def test_other_redirects_are_returned(self) -> None:
         self.servers.respond = redirect_from(x="/y")

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dockerproxy.upstream.http1 import body_reader_for, parse_response_head, render_request_head, should_keep_alive
+from dockerproxy.upstream.http1 import (
+    body_reader_for,
+    find_head_end,
+    parse_response_head,
+    render_request_head,
+    should_keep_alive,
+)
 
 
 def test_render_request_head() -> None:
@@ -79,6 +85,91 @@ def test_body_reader_depends_on_the_framing(method: str, head: bytes, content: b
     pieces = [] if body.done else body.feed(b"abcdef")
     assert (b"".join(pieces), body.done) == (content, done)
     assert body.rest == (b"def" if content == b"abc" else b"")
+
+
+@pytest.mark.parametrize(
+    ("lines", "fields"),
+    [
+        (b"A: b\r\nC: d", [("a", "b"), ("c", "d")]),
+        (b"A: b\nC: d", [("a", "b"), ("c", "d")]),
+        (b"A: b\r\n c\r\n\td ", [("a", "b c d")]),
+        (b"A:\r\n b", [("a", "b")]),
+        (b" a: b\r\nC: d", [("c", "d")]),
+        (b"A \t: b", [("a", "b")]),
+        (b"A b: c\r\n d\r\nE: f", [("e", "f")]),
+        (b"A\r\n: b\r\nC: d", [("c", "d")]),
+        (b"A: b\0\r\nC: d\r\n e\x01\r\nF: g\rh", [("c", "d")]),
+        (b"A: b\r\r\nC: d", [("c", "d")]),
+    ],
+)
+def test_fields_are_read_as_leniently_as_clients_read_them(lines: bytes, fields: list[tuple[str, str]]) -> None:
+    """The connection is not reused, because another server before it may have read them differently."""
+    head = parse_response_head(b"HTTP/1.1 200 OK\r\n" + lines)
+    assert list(head.headers) == fields
+    assert head.regular is should_keep_alive(head) is (lines == b"A: b\r\nC: d")
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "version", "regular"),
+    [
+        (b"HTTP/1.1 200", 200, 1, True),
+        (b"HTTP/1.1 200 \xc3\xa9", 200, 1, True),
+        (b"HTTP/1.1  404 x", 404, 1, False),
+        (b"HTTP/1.2 200 OK", 200, 2, True),
+    ],
+)
+def test_status_lines(line: bytes, status: int, version: int, regular: bool) -> None:
+    head = parse_response_head(line)
+    assert (head.status, head.version, head.regular) == (status, version, regular)
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"HTTP/2 200", b"HTTP/1.1 20", b"HTTP/1.1 600 OK", b"HTTP/1.1 2000", b"ICY 200 OK"]
+)
+def test_other_protocols_are_refused(line: bytes) -> None:
+    with pytest.raises(ValueError, match="did not send an HTTP/1 response"):
+        parse_response_head(line)
+
+
+@pytest.mark.parametrize(
+    ("data", "end"),
+    [
+        (b"a\r\n\r\nb", (1, 5)),
+        (b"a\n\nb", (1, 3)),
+        (b"a\r\n\nb", (1, 4)),
+        (b"a\n\r\nb", (1, 4)),
+        (b"a\r\n", None),
+        (b"a\n\r", None),
+        (b"a\r\r\n", None),
+    ],
+)
+def test_find_head_end(data: bytes, end: tuple[int, int] | None) -> None:
+    assert find_head_end(data) == end
+
+
+@pytest.mark.parametrize(
+    ("fields", "body", "content"),
+    [
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: CHUNKED", b"2\r\nab\r\n0\r\n\r\n", b"ab"),
+        (b"Transfer-Encoding: identity, chunked", b"2\r\nab\r\n0\r\n\r\n", b"ab"),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 1", b"2 ;a\r\nab\r\n0\r\n\r\n", b"ab"),
+        (b"Transfer-Encoding: chunked", b"2\nab\n0\n\n", b"ab"),
+        (b"Transfer-Encoding: chunked", b"2 \t\r\nab\r\n0;\x01\r\nodd trailer\r\n\r\n", b"ab"),
+        (b"Transfer-Encoding: identity\r\nContent-Length: 2", b"ab", b"ab"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2, 99])
+def test_odd_framing(fields: bytes, body: bytes, content: bytes, step: int) -> None:
+    reader = body_reader_for("GET", parse_response_head(b"HTTP/1.0 200 OK\r\n" + fields))
+    pieces = [piece for start in range(0, len(body), step) for piece in reader.feed(body[start : start + step])]
+    assert (b"".join(pieces), reader.done, reader.rest) == (content, True, b"")
+
+
+@pytest.mark.parametrize("body", [b"2 2\r\n", b"2\r\nabc", b"2\r\nab\rc", b"-2\r\n", b"\r\n", b"2" * 2000])
+def test_wrong_chunks_are_refused(body: bytes) -> None:
+    reader = body_reader_for("GET", parse_response_head(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked"))
+    with pytest.raises(ValueError, match="chunked framing"):
+        reader.feed(body)
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,45 @@ def respond_chunked_with_trailers(exchange: HTTPExchange, content: TypedContent 
     exchange.send_body(b"0;end\r\nDigest: sha-256=x\r\nX-Time: 1\r\n\r\n")
 
 
+def respond_odd_head(
+    *lines: str, status_line: str = "HTTP/1.1 200 OK", line_end: str = "\r\n", before: str = ""
+) -> ResponseBehaviour:
+    """Send `before`, a head whose lines end in `line_end`, and the content.
+
+    The head has a Content-Type, a digest and a length, and `lines`, in which TYPE, DIGEST and LENGTH stand for theirs.
+    """
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        if content is None:
+            return respond_normally(exchange, content)
+        values = {"TYPE": content.media_type, "DIGEST": content.digest, "LENGTH": str(len(content.data))}
+        fields = ["Content-Type: TYPE", "Docker-Content-Digest: DIGEST", "Content-Length: LENGTH"]
+        head = before + "".join(line + line_end for line in (status_line, *fields, *lines, ""))
+        exchange.send_body(re.sub("TYPE|DIGEST|LENGTH", lambda match: values[match[0]], head).encode())
+        exchange.send_body(content.data if exchange.method == "GET" else b"")
+
+    return respond
+
+
+def respond_odd_chunks(
+    size_line: bytes = b"%x\r\n", line_end: bytes = b"\r\n", version: str = "1.1"
+) -> ResponseBehaviour:
+    """Send the whole content in chunks, with lines of sizes and ends such as these."""
+
+    def respond(exchange: HTTPExchange, content: TypedContent | None) -> None:
+        if content is None:
+            return respond_normally(exchange, content)
+        fields = f"Content-Type: {content.media_type}\r\nDocker-Content-Digest: {content.digest}\r\n"
+        codings = "Transfer-Encoding: Chunked\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n"
+        exchange.send_body(f"HTTP/{version} 200 OK\r\n{fields}{codings}\r\n".encode())
+        for start in range(0, len(content.data), 50_000):
+            piece = content.data[start : start + 50_000]
+            exchange.send_body(size_line % len(piece) + piece + line_end)
+        exchange.send_body(b"000" + line_end + b"an odd trailer" + line_end * 2)
+
+    return respond
+
+
 def respond_wall(status: int, body: bytes = b"<html><h1>Blocked</h1></html>", **headers: str) -> ResponseBehaviour:
     """Respond as a firewall or a content delivery network in the place of the registry."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()} or {"Content-Type": "text/html"}
