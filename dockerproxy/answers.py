@@ -72,7 +72,6 @@ def build_overview(
 ) -> OverviewAnswers:
     """Build the answers to the page, the API and the command."""
     started = time.time()
-    pull_history.is_public = find_public_pulls(state)
 
     def load() -> LocalOverview:
         from dockerproxy.admin.local_overview import LocalOverview
@@ -81,8 +80,9 @@ def build_overview(
         hosted, cached = stores
         walked = StoreView(HOSTED, server.hosted.layout, server.hosted.open_walker)
         records = state.open_records()
-        summaries = Summaries(reactor, [walked, cached], server.hosted.disk, records)
-        summaries.load_pulls = pull_history.counts.sums
+        summaries = Summaries(
+            reactor, [walked, cached], server.hosted.disk, records, pull_history.counts.sums, sources.pinned
+        )
         return LocalOverview(
             reactor,
             server.metrics,

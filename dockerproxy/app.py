@@ -326,7 +326,6 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         reactor, settings, shared, registries, policy, connectors.agent, authorizer, parser, fleet
     )
     pull_through = cache.pull_through
-    pull_through.manifests.rate_limits.on_refused = meter.count_rate_limited
     api = RegistryAPI(reactor)
     upload_limits = UploadLimits(settings.max_uploads, settings.max_uploads_per_client)
     hosted_tree = HostedTree.from_layout(shared.state.registry, time.time, shared.locks, upload_limits)
@@ -627,6 +626,7 @@ def build_cache(
         records=shared.state.open_records(file_counter.add),
         on_file_created=file_counter.add,
         on_pull=shared.report_pull,
+        on_limited=meter.count_rate_limited,
         space=shared.cache_space,
         secret=shared.state.cache_secret,
         bindings=shared.bindings,

@@ -19,11 +19,6 @@ from dockerproxy.admin.api import ControlAPI
 from dockerproxy.admin.configuration import ConfigurationHandlers
 from dockerproxy.admin.control import (
     Control,
-    ControlHandler,
-    DaemonFacts,
-    DebugReport,
-    PullCounter,
-    UserName,
     local_user_name,
 )
 from dockerproxy.admin.deletion import Deleter
@@ -40,6 +35,7 @@ from dockerproxy.answers import (
     build_page_desk,
     describe_outages,
     find_notices,
+    find_public_pulls,
     load_explainer,
     store_views,
 )
@@ -78,27 +74,24 @@ from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
 from dockerproxy.proxy.trusted_proxies import TrustedProxies
-from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables, settings_in_force
 from dockerproxy.settings import Settings, SettingsError
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.directory_owner import DirectoryInUse, DirectoryOwner, OwnerService
-from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.journal import BackgroundJournal
 from dockerproxy.store.local_hosted_store import upload_purge_service
 from dockerproxy.store.pull_history import PullHistory, PullHistoryService
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones, TombstoneService
-from dockerproxy.store.write_probe import StoreProbe
 from dockerproxy.terminal import format_size
 from dockerproxy.thread_pool import BoundedThreadPool
 from dockerproxy.upstream.credential_helper import CredentialHelpers
 from dockerproxy.upstream.login_provider import LocalLoginProvider
 from dockerproxy.upstream.registry_states import RegistryStates
 from dockerproxy.workers.connection_table import ConnectionTable
-from dockerproxy.workers.coordinator import LocalCoordinator, SharedState
+from dockerproxy.workers.coordinator import Answers, LocalCoordinator, SharedState
 from dockerproxy.workers.dispatch import ConnectionDispatcher
 from dockerproxy.workers.fork_server import ForkServer
 from dockerproxy.workers.process import SERVER_SILENT, TOKEN_BOUND, ForkedState, run_worker
@@ -174,12 +167,15 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     reactor.callWhenRunning(configure_provider, logins, configuration)
     pull_counts, bindings = PullCounts(time.time), Bindings()
     refusing_clients = RefusingClients(time.time)
-    shared_state = SharedState(cache_space, EndedLogins(time.time), logins, pull_counts, refusing_clients)
-    pull_history = PullHistory(str(settings.state_dir / "history"), settings.pull_history)
+    pull_history = PullHistory(
+        str(settings.state_dir / "history"), settings.pull_history, is_public=find_public_pulls(state)
+    )
     pull_history.clear_staging()
     recorder = BackgroundJournal(reactor, pull_history)
     reactor.addSystemEventTrigger("after", "shutdown", recorder.flush)
-    shared_state.record_pull = recorder.append
+    shared_state = SharedState(
+        cache_space, EndedLogins(time.time), logins, pull_counts, refusing_clients, recorder.append
+    )
     forked_state = ForkedState.create(reactor, configuration, state, certificates, upstream_tls, metrics, tombstones)
     silent_servers = build_silent_servers(reactor, settings)
     shared = forked_state.shared_services(0, LocalCoordinator(shared_state), bindings, silent_servers)
@@ -190,16 +186,12 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
     silent_servers.set_on_state_changed(registry_states.report)
     history = History(str(settings.state_dir / "history"), metrics, time.time)
     stores = store_views(state, server)
-    sources = OverviewSources(idle_age=tombstones.get_last_idle, problems=partial(describe_outages, registry_states))
-    overview = build_overview(reactor, settings, stores, state, server, shared, history, pull_history, sources)
-    shared_state.overview, cache_space.after_maintenance = overview.answer, overview.renew
     if server.fleet is not None:
         server.fleet.prefer_owned(cache_space.index, time.time)
     reactor.callWhenRunning(lambda: spawn(server.hosted.store.take_over(), "taking over REGISTRY_STORE"))
     workers = build_workers(reactor, forked_state, settings, server, shared_state, shared, twistd_options)
     listener_service = build_listener_service(reactor, server, workers)
     pulls = build_pulls(reactor, settings, state, server, pins, pull_counts)
-    sources.budget, sources.pinned = pulls.budget, pulls.pinned_references
     operation_history = OperationHistory(state.open_records())
     doctor = Doctor(
         build_doctor_sources(
@@ -216,8 +208,6 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         ),
         doctor_settings(configuration, configuration, state.warnings),
     )
-    shared_state.doctor_report = doctor.report_for_page
-    sources.notices = partial(find_notices, doctor, server.metrics)
     apply = partial(
         apply_configuration,
         server,
@@ -261,8 +251,46 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         return ImageActions(reactor, resolver, deleter, operations, server.hosted.disk, root, pulls.pulls)
 
     explainer = partial(load_explainer, settings, state, server, tombstones, pull_history)
-    shared_state.page_desk = build_page_desk(reactor, sessions, load_actions, explainer)
     report = partial(debug_report, server, shared_state, workers)
+    facts = partial(daemon_facts, server, workers.supervisor, listener_service, authority)
+    control = Control(
+        reactor,
+        resolver,
+        cache_space,
+        deleter,
+        operations,
+        server.hosted_app.rules,
+        server.hosted.disk,
+        shared_state.ended_logins,
+        report,
+        facts,
+        partial(server.pools.lookups.run, local_user_name),
+        time.time,
+        {
+            **configuration_handlers.handlers(),
+            **ControlAPI(shared.overview, server.viewing.live).handlers,
+            **pulls.handlers,
+            ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
+            **build_history_handlers(reactor, pull_history, explainer),
+            **sign_in_links.handlers,
+        },
+        pull_history.counts.pulls,
+        None if settings.registry_store is None else server.probes[-1],
+        hosted_root(settings, state),
+    )
+    sources = OverviewSources(
+        status=control.status,
+        fleet=lambda: facts()["fleet"],
+        budget=pulls.budget,
+        idle_age=tombstones.get_last_idle,
+        notices=partial(find_notices, doctor, server.metrics),
+        problems=partial(describe_outages, registry_states),
+        pinned=pulls.pinned_references,
+    )
+    overview = build_overview(reactor, settings, stores, state, server, shared, history, pull_history, sources)
+    cache_space.call_after_maintenance(overview.renew)
+    page_desk = build_page_desk(reactor, sessions, load_actions, explainer)
+    shared_state.answer_with(Answers(overview.answer, page_desk, doctor.report_for_page))
     daemon = DaemonService(reactor, settings, state, twistd_options, notifier)
     on_lost = partial(stop_for_another_machine, reactor, notifier)
     for service in (
@@ -280,32 +308,7 @@ def build_daemon(reactor: Any, env_file: str | None, twistd_options: Any, notifi
         operations,
         helpers,
         pulls,
-        build_control_socket(
-            reactor,
-            settings,
-            state,
-            resolver,
-            deleter,
-            cache_space,
-            operations,
-            server.hosted_app.rules,
-            server.hosted.disk,
-            shared_state.ended_logins,
-            report,
-            partial(daemon_facts, server, workers.supervisor, listener_service, authority),
-            partial(server.pools.lookups.run, local_user_name),
-            {
-                **configuration_handlers.handlers(),
-                **ControlAPI(shared.overview, server.viewing.live).handlers,
-                **pulls.handlers,
-                ("GET", "/v1/doctor"): partial(handle_doctor, doctor.report),
-                **build_history_handlers(reactor, pull_history, explainer),
-                **sign_in_links.handlers,
-            },
-            pull_history.counts.pulls,
-            sources,
-            None if settings.registry_store is None else server.probes[-1],
-        ),
+        build_control_socket(reactor, settings, control),
         DebugSignalService(reactor, report),
         SystemdService(reactor, notifier, listener_service.listening, server.registries.status, reloader),
     ):
@@ -660,49 +663,8 @@ def build_pulls(
     return PullDesk(reactor, load, budget, pins, state.cache, state.open_records(), time.time, settings.pin_file)
 
 
-def build_control_socket(
-    reactor: Any,
-    settings: Settings,
-    state: StateDirectory,
-    resolver: ImageResolver,
-    deleter: Deleter,
-    cache_space: CacheSpaceManager,
-    operations: Operations,
-    rules: HostedRules,
-    registry_disk: DiskAccess,
-    ended_logins: EndedLogins,
-    debug_report: DebugReport,
-    facts: DaemonFacts,
-    user_name: UserName,
-    handlers: Mapping[tuple[str, str], ControlHandler],
-    pulls: PullCounter,
-    sources: OverviewSources,
-    bucket: StoreProbe | None,
-) -> ControlSocket:
-    """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`.
-
-    The `sources` of the overview get its reports.
-    """
-    control = Control(
-        reactor,
-        resolver,
-        cache_space,
-        deleter,
-        operations,
-        rules,
-        registry_disk,
-        ended_logins,
-        debug_report,
-        facts,
-        user_name,
-        time.time,
-        handlers,
-        pulls,
-        bucket,
-        hosted_root(settings, state),
-    )
-    sources.status = control.status
-    sources.fleet = lambda: facts()["fleet"]
+def build_control_socket(reactor: Any, settings: Settings, control: Control) -> ControlSocket:
+    """Build the control socket in RUNTIME_DIR, which serves the command `dockerproxy`."""
     site = build_site(reactor, settings, control.handle, on_finished=log_access)
     return ControlSocket(reactor, settings.runtime_dir / "control.sock", site)
 

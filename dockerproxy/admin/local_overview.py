@@ -79,7 +79,6 @@ class LocalOverview:
         self._board = board
         self._history = history
         self._summaries = summaries
-        summaries.pinned = lambda key: self.sources.pinned(key)
         self._stores = {store.kind: store for store in stores}
         self._records = records
         self._places = LayerPlaces(reactor, self._stores[CACHED], records, reactor.seconds)
@@ -88,7 +87,7 @@ class LocalOverview:
         self._clock = clock
         self._about = {"version": version, "started": started, "workers": workers}
         self._next_renewal = 0.0  # in the reactor's time
-        self.sources = sources
+        self._sources = sources
         self._resources: dict[str, Callable[[Viewer, Mapping[str, str]], Awaitable[Document]]] = {
             "overview": self._overview,
             "registries": self._registries,
@@ -143,7 +142,7 @@ class LocalOverview:
             "range": range_name,
             "day": _sums(summaries[ALL].numbers),
             "total": {**_sums(total), "since": since},
-            "cache": {"bytes": used, "limit": limit, "idle_age": self.sources.idle_age()},
+            "cache": {"bytes": used, "limit": limit, "idle_age": self._sources.idle_age()},
             "budget": budget.get("limits", []),
             "notices": await self._notices(viewer),
             "transfers": transfers["transfers"],
@@ -157,7 +156,7 @@ class LocalOverview:
 
     async def _notices(self, viewer: Viewer) -> list[Document]:
         shown = {*self._metrics.registries, None}
-        notices = await self.sources.notices(viewer)
+        notices = await self._sources.notices(viewer)
         return [notice for notice in notices if viewer.is_admin or notice["registry"] in shown]
 
     async def _registries(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
@@ -168,7 +167,7 @@ class LocalOverview:
 
     def _fleet(self, viewer: Viewer) -> Document | None:
         """Return the members and their traffic, None without FLEET. Their addresses are for administrators."""
-        states = self.sources.fleet()
+        states = self._sources.fleet()
         if not states:
             return None
         traffic = {sample.labels[0]: int(sample.value) for sample in self._metrics.samples(PEER_BYTES)}
@@ -185,7 +184,7 @@ class LocalOverview:
         }
 
     def _registry_rows(self, range_name: str, limits: Mapping[str, Document]) -> list[Document]:
-        summaries, problems = self._history.summaries(range_name), self.sources.problems()
+        summaries, problems = self._history.summaries(range_name), self._sources.problems()
         up = {sample.registry: bool(sample.value) for sample in self._metrics.samples(UPSTREAM_UP)}
         # A configured registry that nobody has used is shown; "other" only if it was.
         shown = [
@@ -250,7 +249,7 @@ class LocalOverview:
         return {"transfers": shown, "readers": sum(transfer["readers"] for transfer in shown)}
 
     async def _budget(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
-        document = await self.sources.budget()
+        document = await self._sources.budget()
         if viewer.is_admin:
             return document
         # A wildcard has any number of hosts. Logins, addresses and names of repositories are for administrators.
@@ -301,7 +300,7 @@ class LocalOverview:
         row = shown.row
         number = parse_number(arguments, "page", 1, 1_000_000)
         page = await self._in_store(row.where, self._reader(viewer, row).tags, number)
-        pinned = self.sources.pinned(row.key) if row.where == CACHED else ()
+        pinned = self._sources.pinned(row.key) if row.where == CACHED else ()
         for tag in page.tags:
             tag["pinned"] = tag["tag"] in pinned
         return {
@@ -355,7 +354,7 @@ class LocalOverview:
     # the daemon
 
     async def _status(self, viewer: Viewer, arguments: Mapping[str, str]) -> Document:
-        return await self.sources.status() if viewer.is_admin else self._about
+        return await self._sources.status() if viewer.is_admin else self._about
 
 
 def _range_of(arguments: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from attrs import define, frozen
+from attrs import frozen
 
 from dockerproxy.admin.viewer import Viewer
 from dockerproxy.errors import RegistryError
@@ -56,17 +56,9 @@ def error_answer(error: RegistryError) -> Document:
     return {"error": {"status": error.status, "code": error.code, "message": error.message, "headers": headers}}
 
 
-async def _no_document() -> Document:
-    return {}
-
-
-async def _no_notices(viewer: Viewer) -> Sequence[Document]:
-    return ()
-
-
-@define
+@frozen(kw_only=True)
 class OverviewSources:
-    """The contributions of other parts of the daemon. Each is set when that part is built.
+    """The contributions of other parts of the daemon.
 
     `status` and `budget` are those of the command. `fleet` returns the states of members; see `Members.states`.
     `idle_age` returns the seconds for which what last left the cache to make room had not been used. `notices` returns
@@ -74,10 +66,10 @@ class OverviewSources:
     not work, by its label. `pinned` returns the tags and digests of a cached repository that are pinned, in any thread.
     """
 
-    status: Callable[[], Awaitable[Document]] = _no_document
-    fleet: Callable[[], Mapping[str, str]] = dict
-    budget: Callable[[], Awaitable[Document]] = _no_document
-    idle_age: Callable[[], float | None] = lambda: None
-    notices: Callable[[Viewer], Awaitable[Sequence[Document]]] = _no_notices
-    problems: Callable[[], Mapping[str, str]] = dict
-    pinned: Callable[[str], Collection[str]] = lambda repository: ()
+    status: Callable[[], Awaitable[Document]]
+    fleet: Callable[[], Mapping[str, str]]
+    budget: Callable[[], Awaitable[Document]]
+    idle_age: Callable[[], float | None]
+    notices: Callable[[Viewer], Awaitable[Sequence[Document]]]
+    problems: Callable[[], Mapping[str, str]]
+    pinned: Callable[[str], Collection[str]]

@@ -281,6 +281,8 @@ class Summaries:
     """The repositories of both stores. `renew` reads them, and everything else is answered from memory.
 
     `disk` accesses the hosted store, which may be on a file system that hangs: it delays only its own part.
+    `load_pulls` returns the pulls of the last 30 days, and blocks. `pinned` returns the tags and digests of a cached
+    repository that are pinned, given its key.
     """
 
     def __init__(
@@ -289,6 +291,8 @@ class Summaries:
         stores: Sequence[StoreView],
         disk: DiskAccess,
         records: Records,
+        load_pulls: Callable[[], PullSums],
+        pinned: Callable[[str], Collection[str]],
         clock: Callable[[], float] = time.time,
         thread: CooperativeThread | None = None,
     ) -> None:
@@ -305,10 +309,8 @@ class Summaries:
         self._renewed: set[str] = set()  # the stores that were read once
         self._is_in_hosted_store = False  # whether a thread is; it may hang, and another one would do so, too
         self._pulls = PullSums()
-        self.load_pulls: Callable[[], PullSums] = PullSums
-        """Returns the pulls of the last 30 days. Blocks."""
-        self.pinned: Callable[[str], Collection[str]] = lambda key: ()
-        """Returns the tags and digests of a cached repository that are pinned, given its key."""
+        self._load_pulls = load_pulls
+        self._pinned = pinned
 
     @property
     def is_complete(self) -> bool:
@@ -351,7 +353,7 @@ class Summaries:
                 log.warn("the list of {kind} repositories is old: {reason}", kind=kind, reason=str(error))
             finally:
                 self._running.remove(kind)
-        self._pulls = await in_thread(self._reactor, self.load_pulls)
+        self._pulls = await in_thread(self._reactor, self._load_pulls)
         self._sorted = {}
 
     def _run_some(self, steps: Iterator[None]) -> bool:
@@ -370,7 +372,7 @@ class Summaries:
         return (self._pulls.total if sees_all else self._pulls.public).get(row.name, 0)
 
     def _is_pinned(self, viewer: Viewer, row: RepositorySummary) -> bool:
-        names = self.pinned(row.key) if row.where == CACHED else ()
+        names = self._pinned(row.key) if row.where == CACHED else ()
         if viewer.is_admin or not names:
             return bool(names)
         store = next(reader.store for reader in self._readers if reader.store.kind == CACHED)

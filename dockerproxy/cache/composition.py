@@ -45,9 +45,10 @@ class CacheServices:
     """The services that the parts of a cache use. `clock` returns POSIX time.
 
     `on_file_created` is called after each new link, `on_pull` with the registry and repository of each manifest that
-    upstream has sent. `multi_process` is true if other processes use the same files; then they share `bindings`,
-    `locks` and `space` too. `upstream` is the client for registries, and `content` the one by which manifests and blobs
-    are fetched; in a fleet, that one asks the other members first.
+    upstream has sent, and `on_limited` with the registry of each pull that is refused here because of its rate limit.
+    `multi_process` is true if other processes use the same files; then they share `bindings`, `locks` and `space` too.
+    `upstream` is the client for registries, and `content` the one by which manifests and blobs are fetched; in a fleet,
+    that one asks the other members first.
     """
 
     reactor: Any
@@ -56,6 +57,7 @@ class CacheServices:
     records: Records
     on_file_created: Callable[[], object]
     on_pull: Callable[[str, str], None]
+    on_limited: Callable[[Registry], object]
     space: CacheSpace
     secret: bytes
     bindings: Bindings
@@ -112,7 +114,7 @@ def compose_cache(services: CacheServices, policy: CachePolicy) -> CacheParts:
     links = Links(services.layout, False, clock, services.on_file_created)
     access = Access(records, clock, services.multi_process)
     companions = Companions(records, links, access)
-    rate_limits, pinned = RateLimits(records, clock), PinnedContent(pin_records(services.layout))
+    rate_limits, pinned = RateLimits(records, clock, services.on_limited), PinnedContent(pin_records(services.layout))
     ingests = Ingests(services.layout, blobs, records, services.multi_process)
     open_readers = OpenReaders(reactor, policy.evicted_bytes)
     downloads = Downloads(reactor, content, space, ingests, open_readers, policy.download_limits, services.board)

@@ -150,13 +150,15 @@ class RateLimits:
 
     `identity` is that of the client. Clients without a credential share one limit, and so do those that a login of the
     administrator's serves; records hold these. A client's own login has its own, which is known to this process only.
+    `on_refused` is called with the registry of each pull that is refused here.
     """
 
-    def __init__(self, records: Records, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, records: Records, clock: Callable[[], float], on_refused: Callable[[Registry], object] = bool
+    ) -> None:
         self._records = records
         self._clock = clock
-        self.on_refused: Callable[[Registry], object] = lambda registry: None
-        """Called with the registry of each pull that is refused here."""
+        self._on_refused = on_refused
         self._of_logins: BoundedDict[tuple[str, str], RateLimit] = BoundedDict(_MAX_LOGINS)
         # By the key of the record, newer than it by `_WRITE_INTERVAL` at most.
         self._current: BoundedDict[tuple[str, ...], RateLimit] = BoundedDict(_MAX_REGISTRIES)
@@ -182,7 +184,7 @@ class RateLimits:
         """
         limit, now = self.get(registry, identity), self._clock()
         if now < limit.refused_until:
-            self.on_refused(registry)
+            self._on_refused(registry)
             retry_after = "Retry-After", str(int(limit.refused_until - now) + 1)
             raise UpstreamFailing(limit.describe(registry), 429, headers=[retry_after, *limit.fields])
         if limit.refused_until:

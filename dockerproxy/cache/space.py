@@ -215,8 +215,11 @@ class CacheSpaceManager(CacheSpace):
         self._max_blob_size = max_blob_size
         self._max_unverified = max(limit - limit // 8, max_blob_size)
         self.index = LRUIndex(limit, blob_cost)
-        self.after_maintenance: Callable[[], Awaitable[None]] = _nothing
-        """Called after each round of maintenance: other walks of the store are made then, so that none is beside it."""
+        self._after_maintenance: Callable[[], Awaitable[None]] = _nothing
+
+    def call_after_maintenance(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Call `function` after each round of maintenance: it may walk the store then, as nothing else does."""
+        self._after_maintenance = function
 
     def service(self) -> TimerService:
         """Return the service that runs `maintain`, first at start."""
@@ -248,7 +251,7 @@ class CacheSpaceManager(CacheSpace):
         is_due = self._reactor.seconds() - self._cleaned_at >= _CLEAN_INTERVAL or self._file_count > self._max_files
         if is_due or await in_thread(self._reactor, self._missing_inodes):
             await self.clean()
-        await self.after_maintenance()
+        await self._after_maintenance()
 
     async def clean(self) -> None:
         """Remove the links and records that nothing needs, and the oldest ones of those that exceed their part.

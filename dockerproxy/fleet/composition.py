@@ -87,7 +87,7 @@ class Fleet:
         def is_copy(text: str, entry: LRUEntry) -> bool:
             return clock() - entry[1] > COPY_AGE and self.members.is_copy(text)
 
-        index.is_copy = is_copy
+        index.evict_first(is_copy)
 
     def _is_draining(self) -> bool:
         return any(site.draining for site in self.sites)

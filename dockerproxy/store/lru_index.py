@@ -120,10 +120,9 @@ class LRUIndex:
     """Bytes that each entry counts beside its size, because its file takes whole blocks and a directory."""
     overhead: int = field(default=0, init=False)
     """Bytes of other files that count towards `limit`."""
-    is_copy: Callable[[str, LRUEntry], bool] | None = field(default=None, init=False)
-    """Whether a blob is a copy of another member's that may leave first; None without a fleet."""
     partials: Partials = field(factory=Partials, init=False)
     _segments: Segments = field(factory=Segments, init=False)
+    _is_copy: Callable[[str, LRUEntry], bool] | None = field(default=None, init=False)
     _pins: dict[str, int] = field(factory=dict, init=False)
     _kept: set[str] = field(factory=set, init=False)  # names of blobs, also of some that are not here
     _kept_since: float = field(default=0.0, init=False)
@@ -209,6 +208,10 @@ class LRUIndex:
         for text in map(str, digests):
             self._kept.discard(text)
             self._move(text, self._segments.again, now)
+
+    def evict_first(self, is_copy: Callable[[str, LRUEntry], bool]) -> None:
+        """Let the blobs of which `is_copy` is true leave first: in a fleet, another member has them, too."""
+        self._is_copy = is_copy
 
     def _move(self, text: str, segment: Segment, now: float) -> None:
         self._kept_since = now
@@ -352,8 +355,8 @@ class LRUIndex:
         """
         segments, used = self._segments, self.used
         removed: list[CacheKey] = []
-        if self.is_copy is not None:
-            copies = list(order_of_copies((segments.once, segments.again), self._pins, self.is_copy))
+        if self._is_copy is not None:
+            copies = list(order_of_copies((segments.once, segments.again), self._pins, self._is_copy))
             removed = self._remove_first(iter(copies), minimum, target)
             minimum, target = minimum - (used - self.used), target - (used - self.used)
             used = self.used

@@ -40,7 +40,7 @@ class PullHistory:
     directory: str
     lifetime: float
     _clock: Callable[[], float] = time.time
-    is_public: Callable[[str, str], bool] = lambda repository, reference: False
+    _is_public: Callable[[str, str], bool] = lambda repository, reference: False
     counts: DailyPulls = field(init=False)
     _journal: Journal = field(init=False)
 
@@ -66,7 +66,7 @@ class PullHistory:
         name, client, pulls = row["repository"], row["client"], row["pulls"]
         if row["where"] == "hosted":  # the names of hosted and cached repositories may be the same
             return CountedPull(f"hosted/{name}", client, pulls, is_public=False)
-        return CountedPull(name, client, pulls, self.is_public(name, row["reference"]))
+        return CountedPull(name, client, pulls, self._is_public(name, row["reference"]))
 
     def read(self, since: float = 0.0, needle: str = "") -> Iterator[dict[str, Any]]:
         """Yield the rows since a POSIX time that contain the text `needle`, the newest first."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-from attrs import define, field
+from attrs import define, field, frozen
 from twisted.internet.defer import Deferred
 
 from dockerproxy.cache.ended_logins import EndedLogins
@@ -56,9 +56,22 @@ PageAnswer = Callable[[str, Sequence[Any]], Awaitable[dict[str, Any]]]
 """Answers a question of the page with a JSON object; see `admin.page_desk`."""
 
 
+DoctorAnswer = Callable[[bool], Awaitable[dict[str, Any]]]
+"""Returns the report of `Doctor`; True asks for a quick one."""
+
+
+@frozen
+class Answers:
+    """The parts of the main process that answer the questions of all processes."""
+
+    overview: Answer
+    page_desk: PageAnswer
+    doctor: DoctorAnswer
+
+
 @define
 class SharedState:
-    """The shared state in the main process. `overview` and `page_desk` answer once they are set, at the start.
+    """The shared state in the main process. `record_pull` adds a row to the history of pulls.
 
     `owners` maps each reserved download to the coordinator of its process. A process may take over an ingest before we
     learn that its previous writer released it. A release is therefore ignored if another process has reserved the same
@@ -70,12 +83,21 @@ class SharedState:
     logins: LocalLoginProvider
     pull_counts: PullCounts
     refusing_clients: RefusingClients
-    record_pull: Callable[[dict[str, Any]], object] = lambda row: None
+    record_pull: Callable[[dict[str, Any]], object]
     locks: LocalKeyedLock = field(factory=LocalKeyedLock)
-    doctor_report: Callable[[bool], Awaitable[dict[str, Any]]] | None = None  # once the daemon has been built
     owners: dict[IngestKey, LocalCoordinator] = field(factory=dict, init=False)
-    overview: Answer | None = field(default=None, init=False)
-    page_desk: PageAnswer | None = field(default=None, init=False)
+    _answers: Answers | None = field(default=None, init=False)
+
+    @property
+    def answers(self) -> Answers:
+        """What answers questions. Raise RuntimeError before `answer_with`."""
+        if self._answers is None:
+            raise RuntimeError("a process asks before the daemon is built")
+        return self._answers
+
+    def answer_with(self, answers: Answers) -> None:
+        """Use `answers` from now on. They know the server, which asks them, so they are built after it."""
+        self._answers = answers
 
 
 @define(eq=False)
@@ -180,9 +202,7 @@ class LocalCoordinator(Coordinator):
 
     async def get_overview(self, resource: str, viewer: Sequence[Any], arguments: Mapping[str, str]) -> dict[str, Any]:
         """Return the answer of the main process about a resource for a viewer."""
-        if self._shared.overview is None:
-            raise RuntimeError("the overview is asked before the daemon is built")
-        return await self._shared.overview(resource, viewer, arguments)
+        return await self._shared.answers.overview(resource, viewer, arguments)
 
     # the doctor
 
@@ -192,16 +212,13 @@ class LocalCoordinator(Coordinator):
 
     async def doctor_report(self, quick: bool) -> dict[str, Any]:
         """Return the report of `Doctor`."""
-        assert self._shared.doctor_report is not None
-        return await self._shared.doctor_report(quick)
+        return await self._shared.answers.doctor(quick)
 
     # the page
 
     async def ask_page_desk(self, question: str, arguments: Sequence[Any]) -> dict[str, Any]:
         """Return the answer of the main process to a question of the page."""
-        if self._shared.page_desk is None:
-            raise RuntimeError("the page asks before the daemon is built")
-        return await self._shared.page_desk(question, arguments)
+        return await self._shared.answers.page_desk(question, arguments)
 
     # the end
 

@@ -9,11 +9,13 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from attrs import define, fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +55,31 @@ def platform_image(architecture: str, *layers: bytes) -> ManifestTree:
     return image(json.dumps({"os": "linux", "architecture": architecture}).encode(), *layers)
 
 
+async def _no_notices(viewer: Viewer) -> Sequence[dict[str, Any]]:
+    return ()
+
+
+@define
+class ScriptedSources:
+    """What the other parts of the daemon contribute, which a test may change."""
+
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    budget: Callable[[], Awaitable[dict[str, Any]]]
+    fleet: Callable[[], Mapping[str, str]] = dict
+    idle_age: Callable[[], float | None] = lambda: None
+    notices: Callable[[Viewer], Awaitable[Sequence[dict[str, Any]]]] = _no_notices
+    problems: Callable[[], Mapping[str, str]] = dict
+    pinned: Callable[[str], Collection[str]] = lambda key: ()
+
+    def build(self) -> OverviewSources:
+        """Return sources that are as this object says whenever they are asked."""
+        names = [attribute.name for attribute in fields(OverviewSources)]
+        return OverviewSources(**{name: partial(self._ask, name) for name in names})
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        return getattr(self, name)(*arguments)
+
+
 class World:
     """Both stores in `folder`, and the overview of a daemon that has them."""
 
@@ -67,13 +94,15 @@ class World:
         self.history = History(str(folder / "history"), self.metrics, time.time)
         stores = [StoreView(CACHED, self.cache.layout), StoreView(HOSTED, self.hosted.layout)]
         disk = LocalDisk(self.reactor)
-        self.summaries = Summaries(self.reactor, stores, disk, self.records)
+        self.sources = ScriptedSources(self._status, self._budget)
+        self.load_pulls = PullSums
+        self.summaries = Summaries(
+            self.reactor, stores, disk, self.records, lambda: self.load_pulls(), lambda key: self.sources.pinned(key)
+        )
         self.local = LocalOverview(
             self.reactor, self.metrics, self.board, self.history, self.summaries, stores, self.records, disk,
-            self._usage, time.time, OverviewSources(), version="1.2.3", started=time.time(), workers=2,
+            self._usage, time.time, self.sources.build(), version="1.2.3", started=time.time(), workers=2,
         )  # fmt: skip
-        self.local.sources.budget = self._budget
-        self.local.sources.status = self._status
         self.overview = Overview(self.local.answer)
 
     async def _usage(self) -> tuple[int, int]:
@@ -382,9 +411,9 @@ def test_private_content_changes_no_figure_of_a_viewer_that_may_not_read_it(tmp_
             os.utime(world.cache.layout.blob(entry.key), (moment, moment))
         pulls = {"docker.io/library/nginx": 5, "docker.io/acme/app": 3}
         total = {name: number + 10 * has_private * ("acme" in name) for name, number in pulls.items()}
-        world.summaries.load_pulls = lambda total=total, pulls=pulls: PullSums(total, pulls)  # type: ignore[misc]
+        world.load_pulls = lambda total=total, pulls=pulls: PullSums(total, pulls)  # type: ignore[misc]
         pinned = {f"{HUB}/library/nginx": ["1.29"], f"{HUB}/acme/app": ["new"] if has_private else []}
-        world.local.sources.pinned = lambda key, pinned=pinned: pinned.get(key, [])  # type: ignore[misc]
+        world.sources.pinned = lambda key, pinned=pinned: pinned.get(key, [])  # type: ignore[misc]
         world.walk()
         world.walk()  # an unchanged repository gets the times of its last use
         found.append((documents(world, ANONYMOUS), documents(world, ADMIN)))
@@ -496,7 +525,7 @@ def test_the_overview_has_sums_registries_and_downloads(world: World) -> None:
     world.metrics.count_received("docker.io", 300)
     world.metrics.count_failure("ghcr.io", "timeout")
     world.history.sample()
-    world.local.sources.problems = lambda: {"ghcr.io": "no answer since noon"}
+    world.sources.problems = lambda: {"ghcr.io": "no answer since noon"}
 
     async def notices(viewer: Viewer) -> list[dict[str, Any]]:
         return [
@@ -504,8 +533,8 @@ def test_the_overview_has_sums_registries_and_downloads(world: World) -> None:
             {"level": "bad", "registry": f"{SECRET}.example", "text": "no answer"},
         ]
 
-    world.local.sources.notices = notices
-    world.local.sources.idle_age = lambda: 41 * 86400.0
+    world.sources.notices = notices
+    world.sources.idle_age = lambda: 41 * 86400.0
     overview = world.get("overview")
     assert overview["day"]["served"] == 1000
     assert overview["day"]["saved"] == 700
@@ -728,7 +757,7 @@ def test_an_error_inside_is_no_answer_to_a_stranger(world: World) -> None:
     async def fail() -> dict[str, Any]:
         raise OSError(5, "Input/output error", f"/srv/{SECRET}")
 
-    world.local.sources.budget = fail
+    world.sources.budget = fail
     with pytest.raises(OverviewError) as failed:
         world.get("budget")
     assert failed.value.status == 500
@@ -746,7 +775,7 @@ def test_limits_of_logins_are_for_administrators(world: World) -> None:
     async def budget() -> dict[str, Any]:
         return {"limits": [{"registry": "docker.io", "limit": 200, "login": login} for login in (None, "deploy")]}
 
-    world.local.sources.budget = budget
+    world.sources.budget = budget
     assert len(world.get("budget", ADMIN)["limits"]) == 2
     assert world.get("budget", ANONYMOUS)["limits"] == [{"registry": "docker.io", "limit": 200}]
 
@@ -854,7 +883,7 @@ def test_search_sort_and_pages(world: World) -> None:
     assert [row["size"] for row in answer["images"]] == [11, 13, 15, 17, 19]
     assert (answer["count"], answer["bytes"], answer["pages"]) == (5, 75, 1)
     assert world.names(page="1000000") == []
-    world.local.sources.pinned = lambda key: ["v1"] if key.endswith("app03") else []
+    world.sources.pinned = lambda key: ["v1"] if key.endswith("app03") else []
     assert world.names(where="pinned") == ["ghcr.io/team-odd/app03"]
     assert world.names(where="hosted") == []
 
@@ -870,7 +899,7 @@ def test_any_search_is_a_result_or_a_400(text: str) -> None:
 
 
 def test_pulls_are_shown_if_they_are_counted(world: World) -> None:
-    world.summaries.load_pulls = lambda: PullSums({"docker.io/library/nginx": 18_230, "hosted/platform/base": 7})
+    world.load_pulls = lambda: PullSums({"docker.io/library/nginx": 18_230, "hosted/platform/base": 7})
     fill(world)
     rows = world.get("images", sort="pulls")["images"]
     assert [(row["name"], row["pulls"]) for row in rows] == [
@@ -974,7 +1003,7 @@ FLEET = {"10.0.0.1:3128": "me", "10.0.0.2:3128": "up", "10.0.0.3:3128": f"refuse
 
 def test_only_administrators_see_the_addresses_of_members(world: World) -> None:
     assert world.get("registries", ANONYMOUS)["fleet"] is None
-    world.local.sources.fleet = lambda: FLEET
+    world.sources.fleet = lambda: FLEET
     world.metrics.count_peer_bytes("received", 300)
     world.metrics.count_peer_bytes("sent", 500)
     numbers = {"up": 2, "down": 1, "received": 300, "sent": 500}
@@ -988,8 +1017,6 @@ def test_only_administrators_see_the_addresses_of_members(world: World) -> None:
 
 
 def test_a_thousand_members_that_are_down_fit_into_an_answer(world: World) -> None:
-    world.local.sources.fleet = lambda: {
-        f"10.0.{number // 250}.{number % 250}:3128": "x" * 5000 for number in range(1000)
-    }
+    world.sources.fleet = lambda: {f"10.0.{number // 250}.{number % 250}:3128": "x" * 5000 for number in range(1000)}
     fleet = world.get("registries")["fleet"]
     assert (fleet["up"], fleet["down"], len(fleet["members"])) == (0, 1000, 100)

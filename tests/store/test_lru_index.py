@@ -412,7 +412,7 @@ def test_copies_of_other_members_leave_first() -> None:
     for number in range(10):
         index.add(digest(number), 10, number)
     copies = {str(digest(number)) for number in (4, 7, 9)}
-    index.is_copy = lambda text, entry: text in copies and entry[1] < 9
+    index.evict_first(lambda text, entry: text in copies and entry[1] < 9)
     assert set(index.evict(15)) == {digest(4), digest(7)}
     assert index.evict(30)[0] == digest(0)  # the others as without a fleet
 
@@ -422,5 +422,5 @@ def test_pinned_copies_and_partial_downloads_stay() -> None:
     index.add(digest(1), 50, 1)
     index.add(digest(2), 50, 2)
     index.pin(digest(2))
-    index.is_copy = lambda text, entry: True
+    index.evict_first(lambda text, entry: True)
     assert index.evict(10) == [digest(1)]

@@ -22,6 +22,10 @@ ROW: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _is_public(repository: str, reference: str) -> bool:
+    return reference == "public"
+
+
 @define
 class Harness:
     folder: Path
@@ -32,7 +36,7 @@ class Harness:
         self.restart()
 
     def restart(self, lifetime: float = 30 * DAY) -> None:
-        self.history = PullHistory(str(self.folder / "history"), lifetime, lambda: self.now)
+        self.history = PullHistory(str(self.folder / "history"), lifetime, lambda: self.now, _is_public)
 
     def pull(
         self,
@@ -182,7 +186,6 @@ def test_counts_go_on_after_a_restart_and_end_after_90_days(harness: Harness) ->
 
 
 def test_public_pulls_are_counted_apart(harness: Harness) -> None:
-    harness.history.is_public = lambda repository, reference: reference == "public"
     for reference, pulls in (("public", 2), ("private", 3)):
         harness.pull(pulls=pulls, reference=reference)
     harness.now += DAY

@@ -29,7 +29,7 @@ from dockerproxy.store.records import Records
 from dockerproxy.upstream.docker_config import DockerConfig
 from dockerproxy.upstream.login_provider import LocalLoginProvider, ProvidedLogin
 from dockerproxy.workers import remote
-from dockerproxy.workers.coordinator import Coordinator, LocalCoordinator, SharedState, rpc_handlers
+from dockerproxy.workers.coordinator import Answers, Coordinator, LocalCoordinator, SharedState, rpc_handlers
 from dockerproxy.workers.message_socket import socketpair
 from dockerproxy.workers.remote import RemoteCoordinator
 from dockerproxy.workers.rpc import RPC
@@ -87,14 +87,22 @@ class MainProcessStub:
         self.ended_logins = EndedLogins(self.reactor.seconds)
         self.logins = LocalLoginProvider(self.run_helper, self.reactor.seconds)
         self.refusing_clients = RefusingClients(lambda: 1234.5)
+        self.pulls: list[dict[str, Any]] = []
         self.shared = SharedState(
             self.cache_space,
             self.ended_logins,
             self.logins,
             PullCounts(self.reactor.seconds),
             self.refusing_clients,
+            self.pulls.append,
         )
         self.space = self.lock = LocalCoordinator(self.shared)
+
+    def answer_with(self, *, overview: Any) -> None:
+        self.shared.answer_with(Answers(overview, page_desk=self._refuse, doctor=self._refuse))
+
+    async def _refuse(self, *_: Any) -> Any:
+        raise AssertionError("this is not asked")
 
     async def run_helper(self, helper: str, server: str) -> Login | None:
         return BasicCredentials("AWS", f"{helper} {server}") if helper == "ecr" else IdentityToken(f"{helper} {server}")
@@ -497,7 +505,7 @@ async def echo_overview(resource: str, viewer: Sequence[Any], arguments: Mapping
 def test_a_worker_asks_the_main_process_for_the_overview(
     main_process: MainProcessStub, workers: tuple[WorkerStub, WorkerStub]
 ) -> None:
-    main_process.shared.overview = echo_overview
+    main_process.answer_with(overview=echo_overview)
     values = "images", [None, False, True], {"q": "\udcff<b>", "page": "2"}
     expected = {"document": list(values)}
     assert workers[0].start(workers[0].space.get_overview(*values)) == [expected]
@@ -513,7 +521,7 @@ def test_the_page_of_a_worker_says_that_the_main_process_does_not_answer(
     async def answer(*_: Any) -> dict[str, Any]:
         return {"document": "x" * 300_000} if event == "answers too much" else await Deferred()
 
-    main_process.shared.overview = answer
+    main_process.answer_with(overview=answer)
     worker = workers[0]
     outcome = worker.start(worker.space.get_overview("overview", [None, False, False], {}))
     if event == "dies":

@@ -158,6 +158,7 @@ class CacheHarness:
         self.board = Board.make(2)
         self.login_source = ScriptedLogins(login)
         self.pulls: list[str] = []
+        self.limited: list[Registry] = []
         self.learned_challenges: dict[Registry, Any] = {}
         self.ping_targets: dict[Registry, Registry | None] = {}
         services = CacheServices(
@@ -167,6 +168,7 @@ class CacheHarness:
             records=self.records,
             on_file_created=counter.add,
             on_pull=lambda registry, repository: self.pulls.append(repository),
+            on_limited=self.limited.append,
             space=self.space,
             secret=secret,
             bindings=Bindings(),
