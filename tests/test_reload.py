@@ -491,7 +491,8 @@ def test_reload_changes_htpasswd_file(unit: SystemdUnit, listening_socket: socke
     unit.reload(f"HTPASSWD_FILE={users}\n")
     assert get(listening_socket, hosted)[0] == 401
     assert get(listening_socket, hosted, "me:word")[0] == 404
-    assert "not reloaded: HTPASSWD_FILE: " in unit.reload("HTPASSWD_FILE=/nowhere/htpasswd\n")
+    notification = unit.reload("HTPASSWD_FILE=/nowhere/htpasswd\nREGISTRIES=quay.io\n")
+    assert "not reloaded: HTPASSWD_FILE: " in notification and "quay.io" not in notification
     assert get(listening_socket, hosted)[0] == 401
     unit.reload("")
     assert get(listening_socket, hosted)[0] == 404
@@ -508,7 +509,8 @@ def test_reload_changes_the_users_of_the_proxy(
     assert get(listening_socket, mirror)[0] == 404
     unit.reload(f"PROXY_HTPASSWD_FILE={users}\n")
     assert get(listening_socket, mirror)[0] == 407
-    assert "not reloaded: PROXY_HTPASSWD_FILE: " in unit.reload("PROXY_HTPASSWD_FILE=/nowhere/htpasswd\n")
+    notification = unit.reload("PROXY_HTPASSWD_FILE=/nowhere/htpasswd\nREGISTRIES=quay.io\n")
+    assert "not reloaded: PROXY_HTPASSWD_FILE: " in notification and "quay.io" not in notification
     assert get(listening_socket, mirror)[0] == 407
     unit.reload("")
     assert get(listening_socket, mirror)[0] == 404

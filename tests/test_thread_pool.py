@@ -12,8 +12,10 @@ from attrs import define, field
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
+from dockerproxy.app import ThreadPools
 from dockerproxy.concurrency import current_client, fair_threads, in_thread
 from dockerproxy.errors import RegistryError, ServiceOverloaded, TooManyRequests
+from dockerproxy.store.disk_access import NETWORK_DISK_LIMITS
 from dockerproxy.thread_pool import BoundedThreadPool, ContentParser, FairThreads, PoolLimits
 
 
@@ -287,3 +289,15 @@ def test_work_in_threads_counts_for_the_client_of_the_request() -> None:
     Deferred.fromCoroutine(serve())
     clients += fair_threads(threads).running.report()["clients"]
     assert clients == ["192.0.2.7", "192.0.2.7", ""]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 64])
+@pytest.mark.parametrize("processes", [1, 4])
+def test_no_pool_of_the_daemon_can_be_filled_by_one_client(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    pools = ThreadPools.start(ManualThreads(), processes)
+    for limits in (pools.lookups.limits, pools.passwords.limits, pools.documents.limits, NETWORK_DISK_LIMITS):
+        assert limits.waiting_per_client <= limits.waiting // 2
+        assert limits.threads_per_client <= max(1, limits.threads // 2)

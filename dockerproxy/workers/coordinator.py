@@ -90,7 +90,7 @@ class SharedState:
 
     @property
     def answers(self) -> Answers:
-        """What answers questions. Raise RuntimeError before `answer_with`."""
+        """The parts that answer questions. Raise RuntimeError before `answer_with`."""
         if self._answers is None:
             raise RuntimeError("a process asks before the daemon is built")
         return self._answers

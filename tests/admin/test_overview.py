@@ -61,7 +61,7 @@ async def _no_notices(viewer: Viewer) -> Sequence[dict[str, Any]]:
 
 @define
 class ScriptedSources:
-    """What the other parts of the daemon contribute, which a test may change."""
+    """The contributions of the other parts of the daemon, which a test may change."""
 
     status: Callable[[], Awaitable[dict[str, Any]]]
     budget: Callable[[], Awaitable[dict[str, Any]]]
