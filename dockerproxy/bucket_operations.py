@@ -28,7 +28,7 @@ from dockerproxy.app import ThreadPools, build_connectors, build_silent_servers,
 from dockerproxy.bucket.assembly import NoCredentials, boot_time, open_bucket
 from dockerproxy.bucket.bucket_check import check_bucket
 from dockerproxy.bucket.bucket_import import import_into_bucket
-from dockerproxy.bucket.gc_collector import GRACE_PERIOD, GCOptions, GCRefused, collect
+from dockerproxy.bucket.gc_collector import GCOptions, GCRefused, collect
 from dockerproxy.bucket.manifest_writer import ManifestWriter
 from dockerproxy.bucket.s3 import S3Bucket
 from dockerproxy.concurrency import use_monotonic_clock
@@ -52,19 +52,10 @@ BucketOperation = Callable[..., Coroutine[Any, Any, Any]]
 """Runs an operation for the `Daemon`, with a reactor, a bucket and options. Return an attrs object for the result."""
 
 
-async def collect_garbage(
-    daemon: Daemon,
-    reactor: Any,
-    bucket: S3Bucket,
-    *,
-    delete_untagged: bool = False,
-    dry_run: bool = False,
-    grace: float = GRACE_PERIOD,
-    list: bool = True,
-) -> Any:
-    """Run ``gc``. Send the removed items if `list` is true."""
-    options = GCOptions(delete_untagged=delete_untagged, dry_run=dry_run, grace=grace)
-    return await collect(reactor, bucket, options, removal_progress(daemon, is_listed=list), boot_time)
+async def collect_garbage(daemon: Daemon, reactor: Any, bucket: S3Bucket, *, list: bool = True, **options: Any) -> Any:
+    """Run ``gc`` with the `options` of `GCOptions`. Send the removed items if `list` is true."""
+    progress = removal_progress(daemon, is_listed=list)
+    return await collect(reactor, bucket, GCOptions(**options), progress, boot_time)
 
 
 async def check(daemon: Daemon, reactor: Any, bucket: S3Bucket, *, links: bool = True, sparse: bool = False) -> Any:

@@ -35,7 +35,7 @@ from dockerproxy.store.layout import Layout
 from dockerproxy.store.progress import Progress, Stopped
 from dockerproxy.store.repository_check import Finding
 from dockerproxy.store.scrub import scrub
-from dockerproxy.store.sweep import GRACE_PERIOD, InvalidGracePeriod, RemovedItem, sweep
+from dockerproxy.store.sweep import InvalidGracePeriod, RemovedItem, sweep
 from dockerproxy.store.tree_reader import UnsafeFile
 
 _REPORT_INTERVAL = 0.2  # seconds between two progress lines, and between two checks whether to stop
@@ -108,24 +108,9 @@ class Daemon:
             self.send("unlock")
 
 
-def collect_garbage(
-    daemon: Daemon,
-    root: str,
-    *,
-    delete_untagged: bool = False,
-    dry_run: bool = False,
-    grace: float = GRACE_PERIOD,
-    list: bool = True,
-) -> Any:
-    """Run ``gc``. Send the removed items if `list` is true."""
-    return sweep(
-        Layout(Path(root)),
-        delete_untagged=delete_untagged,
-        dry_run=dry_run,
-        grace=grace,
-        progress=removal_progress(daemon, is_listed=list),
-        lock=daemon.lock,
-    )
+def collect_garbage(daemon: Daemon, root: str, *, list: bool = True, **options: Any) -> Any:
+    """Run ``gc`` with the `options` of `sweep`. Send the removed items if `list` is true."""
+    return sweep(Layout(Path(root)), progress=removal_progress(daemon, is_listed=list), lock=daemon.lock, **options)
 
 
 def removal_progress(daemon: Daemon, *, is_listed: bool) -> Progress[RemovedItem]:

@@ -47,7 +47,7 @@ from dockerproxy.store.mark import DigestText, ManifestUnreadable
 from dockerproxy.store.progress import Progress, Stopped
 from dockerproxy.store.sweep import GRACE_PERIOD, InvalidGracePeriod, RemovedItem, SweepResult
 
-__all__ = ["GRACE_PERIOD", "GCOptions", "GCRefused", "collect"]
+__all__ = ["GCOptions", "GCRefused", "collect"]
 
 _TICK = 1.0  # seconds between two reports while the run waits
 _MAX_PROBLEMS = 1000
