@@ -338,8 +338,14 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         reactor, settings, shared, disk, hosted_tree, cache, connectors.agent, parser, rules, fleet
     )
     audit = AuditLog.open(reactor, str(settings.state_dir))
+    sessions = fleet if settings.registry_store is not None else None  # members pass them on
     hosted_app = HostedRegistryApp(
-        api, HostedRegistry(hosted.store, parser, audit, rules), access_control, audit, rules
+        api,
+        HostedRegistry(hosted.store, parser, audit, rules),
+        access_control,
+        audit,
+        rules,
+        None if sessions is None else sessions.session_router().pass_on,
     )
     metrics_requests = ClientShares("requests for /metrics", limit=16, share=8)
     metrics_handler = partial(handle_metrics, reactor, shared, authority, disk, metrics_requests)
@@ -410,8 +416,8 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
     proxy_router, registry_router = router(on_proxy_port=True), router(on_proxy_port=False)
     direct_listener = DirectRequestHandler(policy, registry_router.handle, TrustedProxies(settings.trusted_proxies))
     session_door = None
-    if fleet is not None and settings.registry_store is not None:
-        session_door = open_session_door(fleet, hosted_app, authority, cross_origin)
+    if sessions is not None:
+        session_door = open_session_door(sessions, hosted_app, authority, cross_origin)
     forward_proxy = ForwardProxy(
         policy=policy,
         login=login,
@@ -695,10 +701,9 @@ def build_fleet(
 def open_session_door(
     fleet: Fleet, hosted_app: HostedRegistryApp, authority: CertificateAuthority, cross_origin: CrossOriginProtection
 ) -> InnerHost:
-    """Make members pass upload sessions on to each other. Return the host at which they ask for them."""
+    """Return the host at which other members ask for upload sessions that they pass on."""
     from dockerproxy.fleet.composition import UPLOADS_HOST
 
-    hosted_app.pass_on = fleet.session_router().pass_on
     door = fleet.session_door(hosted_app.handle, cross_origin.check)
     return InnerHost(UPLOADS_HOST, partial(authority.context_for, UPLOADS_HOST), door.handle)
 

@@ -43,11 +43,12 @@ class BucketContents:
         await self._bucket.put(keys.blob_key(digest), content)
 
     async def add_file(self, fd: int, size: int, digest: Digest) -> None:
-        """Store the verified file `fd` as a blob, unless the blob is there."""
+        """Store the verified file `fd` as a blob, also if one is there, because that may be damaged.
+
+        A client that asks first sends no blob that is there, and to compare the two costs as much as to write.
+        """
         await self._view.settle([content_entry(digest)], self._view.current, set())
-        key = keys.blob_key(digest)
-        if await self._bucket.size(key) != size:
-            await self._bucket.put_file(key, fd, size, digest)
+        await self._bucket.put_file(keys.blob_key(digest), fd, size, digest)
 
     async def link_layer(self, repository: Repository, digest: Digest) -> None:
         """Make a blob that is there a part of the repository."""

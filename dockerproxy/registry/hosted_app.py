@@ -32,7 +32,7 @@ class HostedRegistryApp:
     access_control: AccessControl
     audit: AuditLog
     rules: HostedRules = field(factory=HostedRules)
-    pass_on: PassOn | None = None
+    _pass_on: PassOn | None = None
 
     async def handle(self, request: Request) -> None:
         """Respond to `request`. Raise `RegistryError`."""
@@ -51,7 +51,7 @@ class HostedRegistryApp:
                 resource = request.path.removeprefix("/v2/")
                 self.audit.record(principal, request.method, resource, f"refused: {error.message}")
             raise
-        passed_on = None if self.pass_on is None else self.pass_on(request, target)
+        passed_on = None if self._pass_on is None else self._pass_on(request, target)
         await (passed_on or self.api.handle(request, target, self.backend, principal))
 
 

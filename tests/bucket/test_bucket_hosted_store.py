@@ -272,6 +272,14 @@ class TestBucketHostedStore(HostedStoreSuite):
         with pytest.raises(Exception, match="does not match"):
             self.run(read())
 
+    def test_a_push_replaces_damaged_content(self, store: HostedStore, other: HostedStore, fake: FakeStore) -> None:
+        """Also if it has the right size, of which the store can tell us nothing."""
+        blob = self.push_blob(store, b"seed")
+        for damaged in (b"evil", b"", b"longer than it was"):
+            fake.objects[f"site/{keys.blob_key(blob)}"] = damaged
+            assert self.push_blob(other, b"seed") == blob
+            assert fake.objects[f"site/{keys.blob_key(blob)}"] == b"seed"
+
     def test_a_download_is_resumed(self, store: HostedStore, fake: FakeStore) -> None:
         data = bytes(range(256)) * 1000
         digest = self.push_blob(store, data)
