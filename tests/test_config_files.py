@@ -11,6 +11,7 @@ from dockerproxy.config_files import MAX_SIZE, exposure_warning, read_config_fil
 from dockerproxy.registry.htpasswd import HtpasswdError, HtpasswdFile
 from dockerproxy.reload import Configuration
 from dockerproxy.settings import SettingsError, read_env_file
+from dockerproxy.upstream.tls import ClientContext
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
@@ -37,6 +38,8 @@ def test_nothing_else_is_read(tmp_path: Path, kind: str) -> None:
         read_env_file(path)
     with pytest.raises(HtpasswdError, match=f"{path} cannot be read: "):
         HtpasswdFile(StoppedClock(), None, path, b"")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"UPSTREAM_CA_FILE '{path}' (cannot be read: |contains no certificates)"):
+        ClientContext(ca_file=str(path))
 
 
 class StoppedClock:

@@ -126,10 +126,12 @@ def _images(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 def _dotenv(name: str) -> dict[str, str]:
     """Return the variables of the file `.env` beside a compose file, which docker compose reads, too."""
     path = os.path.join(os.path.dirname(name), ".env") if name != "-" else ""
+    # A stranger may have written both files, or put a FIFO there.
+    from dockerproxy.config_files import read_config_file
+
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read(1 << 20).splitlines()
-    except (OSError, UnicodeDecodeError, ValueError):
+        lines = read_config_file(path)[0].decode("utf-8-sig").splitlines()
+    except (OSError, ValueError):
         return {}
     pairs = (line.strip().removeprefix("export ").partition("=") for line in lines if not line.lstrip().startswith("#"))
     return {key.strip(): value.strip().strip("\"'") for key, separator, value in pairs if separator}

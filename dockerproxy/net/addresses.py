@@ -27,10 +27,14 @@ _KEYWORDS = {
     # On Linux a connection to the unspecified address reaches the machine itself.
     "loopback": _parse_networks("127.0.0.0/8", "0.0.0.0/32", "::1/128", "::/128"),
     "link-local": _parse_networks("169.254.0.0/16", "fe80::/10"),
-    # Cloud metadata services, which hand out a machine's credentials: AWS, GCP, Azure and most others; AWS over IPv6;
-    # Alibaba; Oracle; Azure's WireServer.
-    "metadata": _parse_networks("169.254.169.254", "fd00:ec2::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"),
-}
+    # Cloud metadata services, which hand out a machine's credentials: AWS, GCP, Azure and most others; Alibaba; Oracle;
+    # Azure's WireServer. Over IPv6: AWS, whose network has the EKS Pod Identity Agent, too; GCP; Oracle; Scaleway;
+    # Akamai; Alibaba.
+    "metadata": _parse_networks(
+        "169.254.169.254", "100.100.100.200", "192.0.0.192", "168.63.129.16",
+        "fd00:ec2::/32", "fd20:ce::254", "fd00:c1::a9fe:a9fe", "fd00:42::42", "fd00:a9fe:a9fe::1", "fd00:100::100:200",
+    ),
+}  # fmt: skip
 
 _ADDRESS_SYNTAX = f"an address, a network such as 10.0.0.0/8 or one of {', '.join(_KEYWORDS)}"
 _DESTINATION_SYNTAX = f"a host name such as example.com or *.example.com, {_ADDRESS_SYNTAX}"
@@ -181,10 +185,11 @@ class Destinations:
 _KEYWORD_NAMES = {
     # RFC 6761, section 6.3, and the names in the hosts file of most distributions.
     "loopback": _parse_names(".localhost", ".localhost.localdomain", "ip6-localhost", "ip6-loopback"),
-    # Google, AWS, Azure, Tencent and Equinix; short names for search domains.
+    # Google, AWS, Azure, Tencent, Equinix and IBM; short names for search domains.
     "metadata": _parse_names(
         "metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal",
         "metadata.azure.internal", "metadata.tencentyun.com", "metadata.platformequinix.com",
+        "api.metadata.cloud.ibm.com",
     ),
 }  # fmt: skip
 

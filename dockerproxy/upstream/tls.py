@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
+from dockerproxy.config_files import check_config_file
 from dockerproxy.errors import CertificateRejected, UpstreamUnreachable
 from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
@@ -169,8 +170,7 @@ class _TLSStarter(Protocol):
 
 def _load_ca_file(context: SSL.Context, ca_file: str) -> None:
     try:
-        with open(ca_file, "rb"):
-            pass  # because OpenSSL's error for a missing file is unclear
+        check_config_file(ca_file)  # because OpenSSL's error for a missing file is unclear
         context.load_verify_locations(ca_file)
     except OSError as error:
         raise ValueError(f"UPSTREAM_CA_FILE {ca_file!r} cannot be read: {error.strerror}") from None

@@ -286,6 +286,21 @@ def test_the_command_asks_no_socket_in_a_strangers_directory(tmp_path: Path) -> 
             server.accept()
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "/dev/zero"])
+def test_the_command_does_not_wait_for_a_file_beside_a_list_of_images(
+    shared_daemon: RegistryDaemon, tmp_path: Path, kind: str
+) -> None:
+    """An administrator pulls what a stranger's compose file lists. It has variables, for which `.env` is read."""
+    (tmp_path / "compose.yaml").write_text('services: {web: {image: "quay.io/team/${NAME:?}:1"}}')
+    if kind == "FIFO":
+        os.mkfifo(tmp_path / ".env")
+    else:
+        (tmp_path / ".env").symlink_to(kind)
+    result = run_command(shared_daemon, "pull", "--dry-run", "--from-file", str(tmp_path / "compose.yaml"))
+    assert result.returncode != 0
+    assert "NAME" in result.stdout + result.stderr
+
+
 def test_names_do_not_reach_the_terminal_as_they_are(
     shared_daemon: RegistryDaemon, directory: ImportedDirectory
 ) -> None:

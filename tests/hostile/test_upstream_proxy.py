@@ -18,6 +18,7 @@ from tests.hostile.conftest import EVIL, HostileNetwork, StartRegistryDaemon
 HOSTS = (
     "metadata.google.internal Metadata.Google.INTERNAL. metadata instance-data metadata.azure.internal localhost "
     "x.localhost localhost.localdomain 169.254.169.254 [::ffff:169.254.169.254] 100.100.100.200 [fd00:ec2::254] "
+    "[fd20:ce::254] [FD00:C1:0::A9FE:A9FE] [fd00:42::42] [fd00:a9fe:a9fe::1] api.metadata.cloud.ibm.com "
     "127.0.0.1 [::1] 0.0.0.0 [64:ff9b:1:a9fe:a9:fe00::] secret.corp.example"
 ).split()
 
