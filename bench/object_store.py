@@ -102,14 +102,13 @@ class SeaweedCommand:
     @classmethod
     def make(cls, folder: Path, access_key: str, secret_key: str, *, volume_size: int) -> SeaweedCommand:
         """Return the command for `folder`, with free ports and volumes of `volume_size` MB. Raise `BenchError`."""
-        port, data, users_file = free_port(), folder / "data", folder / "s3.json"
+        port, data = free_port(), folder / "data"
         data.mkdir(parents=True, exist_ok=True)
-        keys = [{"accessKey": access_key, "secretKey": secret_key}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        users_file.write_text(json.dumps({"identities": [{"name": "user", "credentials": keys, "actions": actions}]}))
+        users_file = write_users(folder, access_key, secret_key)
         argv = [
             find_seaweed(), f"-logdir={folder}", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            "-master.telemetry=false", f"-master.volumeSizeLimitMB={volume_size}", "-volume.max=300", "-filer", "-s3",
+            "-master.peers=none", "-master.telemetry=false", f"-master.volumeSizeLimitMB={volume_size}",
+            "-volume.max=300", "-filer", "-s3",
             f"-s3.port={port}", f"-s3.config={users_file}", "-s3.port.iceberg=0", "-s3.port.lance=0",
             f"-s3.port.grpc={free_port()}",
         ]  # fmt: skip
@@ -120,6 +119,15 @@ class SeaweedCommand:
             filer = f"127.0.0.1:{part_port}.{grpc_port}"
         environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         return cls(argv, environment, port, filer, users_file)
+
+
+def write_users(folder: Path, access_key: str, secret_key: str) -> Path:
+    """Write the file of the S3 gateway with one user, who may do everything, and return its path."""
+    keys = [{"accessKey": access_key, "secretKey": secret_key}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    users_file = folder / "s3.json"
+    users_file.write_text(json.dumps({"identities": [{"name": "user", "credentials": keys, "actions": actions}]}))
+    return users_file
 
 
 @contextmanager

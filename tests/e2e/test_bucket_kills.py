@@ -1,7 +1,8 @@
 """Pushes to three nodes with one bucket, while nodes, the store and collectors are killed: what is acknowledged stays.
 
-BUCKET_KILLS is the time in seconds. In a second test, nodes do not take part in the protocol of gc, and lose something.
-If they did not, the first one would prove nothing.
+BUCKET_KILLS is the time in seconds. The store is killed as a whole at first, and then any of its processes, or all. In
+a second test nodes do not take part in the protocol of gc, and lose something. If they did not, the first one would
+prove nothing. It kills, too, if the time is longer than a minute: each dead collector makes the next one wait.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -26,15 +27,15 @@ import pytest
 from attrs import define, field
 
 from tests.e2e.harness import images
-from tests.e2e.harness.bucket_fleet import running_bucket_fleet
+from tests.e2e.harness.bucket_fleet import BucketFleet, running_bucket_fleet
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.http_client import BufferedResponse, read_response, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, OCI_CONFIG, OCI_LAYER, SampleImage, TypedContent
 from tests.e2e.harness.multi_process import child_pids
-from tests.e2e.harness.object_store import SECRET_KEY
+from tests.e2e.harness.object_store import SECRET_KEY, KillableStore
 from tests.e2e.harness.process import require_programs
 from tests.e2e.harness.registry_daemon import RegistryDaemon, write_image_folder
-from tests.e2e.harness.seaweedfs import SeaweedFS, SeaweedGateway
+from tests.e2e.harness.seaweedfs import SeaweedCluster
 from tests.e2e.test_bucket import command_line
 
 pytestmark = pytest.mark.slow
@@ -69,19 +70,22 @@ class Pushes:
     balancer: int
     expected: dict[tuple[str, str], SampleImage | None] = field(factory=dict)
     lost: list[str] = field(factory=list)
+    acknowledged: Counter[str] = field(factory=Counter)
+    killed: Counter[str] = field(factory=Counter)
     counts: Counter[str] = field(factory=Counter)
     ended: threading.Event = field(factory=threading.Event)
 
     def repeat(self, push: Callable[[int], bool], kind: str) -> None:
-        """Push until the end, and once more when nothing is killed."""
+        """Push as the client `kind` until the end, and once more when nothing is killed."""
         number, is_last, deadline = 0, False, 0.0
         while True:
             number += 1
             if push(number):
-                self.counts[kind] += 1
+                self.acknowledged[kind] += 1
                 if is_last:
                     return
             else:
+                self.counts[f"failed pushes of {kind}"] += 1
                 self.ended.wait(0.1)
                 assert not is_last or time.monotonic() < deadline, f"{kind} cannot push although nothing is killed"
             if self.ended.is_set() and not is_last:
@@ -105,7 +109,6 @@ class Pushes:
             fields = {"Content-Type": image.manifest.media_type}
             self.request("PUT", f"/v2/{repository}/manifests/{number}", image.manifest.data, fields)
         except NotAcknowledged:
-            self.counts["failed"] += 1
             return False
         self.expected[repository, str(number)] = image
         return True
@@ -192,11 +195,14 @@ def check_image(node: RegistryDaemon, repository: str, tag: str, image: SampleIm
     return ""
 
 
-@pytest.fixture
-def gateway(seaweedfs: SeaweedFS, tmp_path: Path) -> Iterator[SeaweedGateway]:
-    """Return a gateway of the store. It is killed alone, because a store of one process needs 20 s for its election."""
-    with SeaweedGateway(seaweedfs, tmp_path / "gateway").run() as gateway:
-        yield gateway
+@pytest.fixture(params=["seaweedfs", "ceph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KillableStore]:
+    """Return a store of several processes. The main thread starts them, because they end with the thread that does."""
+    if request.param == "ceph":
+        yield request.getfixturevalue("ceph")
+        return
+    with SeaweedCluster(tmp_path / "store").run() as store:
+        yield store
 
 
 def skopeo_pushes(pushes: Pushes, clients: ClientFactory, node: RegistryDaemon, folder: Path) -> Callable[[int], bool]:
@@ -238,13 +244,13 @@ def make_layer(folder: Path, seed: str) -> Path:
     return place / "layer.tar"
 
 
-def repeat_until_end(pushes: Pushes, choice: Random, pause: float, act: Callable[[], str]) -> None:
-    """Call `act`, with pauses of at most `pause` seconds. It returns the name of what it has done."""
+def repeat_until_end(pushes: Pushes, choice: Random, pause: float, act: Callable[[], None]) -> None:
+    """Call `act`, with pauses of at most `pause` seconds."""
     while not pushes.ended.wait(pause * choice.random()):
-        pushes.counts[act()] += 1
+        act()
 
 
-def collect(pushes: Pushes, node: RegistryDaemon, choice: Random, *, kills: bool) -> str:
+def collect(pushes: Pushes, node: RegistryDaemon, choice: Random, *, kills: bool) -> None:
     """Run gc at `node`. If `kills`, kill its process at some moment or other."""
     with subprocess.Popen(
         command_line(node, "gc", "--grace", GRACE, "--delete-untagged", "--json"),
@@ -258,123 +264,146 @@ def collect(pushes: Pushes, node: RegistryDaemon, choice: Random, *, kills: bool
             pushes.ended.wait(4 * choice.random())
             with suppress(ProcessLookupError):
                 os.kill(collector, signal.SIGKILL)
-                return "killed collectors"
+                pushes.killed["collectors"] += 1
+                return
         output = process.communicate()[0]
     if process.returncode:
-        return "failed collectors"
+        pushes.counts["failed runs of gc"] += 1
+        return
+    pushes.counts["runs of gc"] += 1
     pushes.counts["collected blobs"] += json.loads(output)["blobs"]
-    return "runs of gc"
 
 
 def find_collector(node: RegistryDaemon) -> int | None:
     """Return the process that collects for `node`."""
-    for pid in child_pids(node.pid):
-        with suppress(OSError):
+    with suppress(OSError):  # the node is killed, or the process ends
+        for pid in child_pids(node.pid):
             if b"dockerproxy.bucket_operations" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     return None
 
 
-def start_raw_pushes(pool: ThreadPoolExecutor, pushes: Pushes) -> list[Future[None]]:
-    """Push images that share layers, to two repositories, and delete most of them again."""
-    running = [
-        pool.submit(pushes.repeat, partial(pushes.push_raw, f"raw/app{number}"), f"raw/app{number}")
-        for number in range(2)
-    ]
-    return [*running, pool.submit(pushes.delete_some, Random(4))]
-
-
-def test_nothing_acknowledged_is_lost(
-    seaweedfs: SeaweedFS,
-    gateway: SeaweedGateway,
-    clients: ClientFactory,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def push_while_killing(
+    pushes: Pushes,
+    fleet: BucketFleet,
+    store: KillableStore,
+    engines: Mapping[str, Callable[[int], bool]],
+    seconds: float,
+    *,
+    kills: bool = True,
 ) -> None:
-    require_programs("skopeo", "podman", "dockerd", root=True)
-    settings = scaled(gateway.settings(gateway.make_bucket("kills")))
-    with running_bucket_fleet(tmp_path, 3, settings) as fleet, ThreadPoolExecutor(10) as pool:
-        pushes = Pushes(fleet.balancer.port)
-        node = fleet.nodes[0]
-        docker, podman = clients.docker_with({}), clients.podman(node)
-        nodes, stores, collectors = Random(1), Random(2), Random(3)
+    """Push, delete and collect for `seconds` or until something is lost.
 
-        def kill_node() -> str:
-            restart(nodes.choice(fleet.nodes))
-            return "killed nodes"
+    Two clients push images that share layers, and most of these are deleted again. If `kills`, nodes and the store are
+    killed all the time, and half of the runs of gc after the first. At the end gc has collected something.
+    """
+    nodes, stores, collectors = Random(1), Random(2), Random(3)
+    started = time.monotonic()
+    known = 0  # acknowledged images before the store was last killed: it is killed again after the next one
 
-        def kill_store() -> str:
-            gateway.kill()
-            if SECONDS > 60 and stores.random() < 0.04:
-                seaweedfs.kill()
-                seaweedfs.start()
-            gateway.start()
-            return "killed stores"
+    def is_going_on(running: Sequence[Future[None]]) -> bool:
+        limit = seconds + 60 if kills and not pushes.killed["whole stores"] else seconds
+        return (
+            time.monotonic() - started < limit
+            and not pushes.ended.is_set()
+            and not any(task.done() for task in running)
+        )
 
-        def kill_collector() -> str:
-            return collect(pushes, collectors.choice(fleet.nodes), collectors, kills=collectors.random() < 0.5)
+    def kill_nodes() -> None:
+        chosen = nodes.sample(fleet.nodes, nodes.choice((1, 1, 1, 2, 3)))
+        for node in chosen:
+            node.kill()
+        pushes.killed["nodes"] += len(chosen)
+        for node in chosen:
+            node.start()
 
-        makers = {
-            "skopeo": skopeo_pushes(pushes, clients, node, tmp_path),
-            "docker": engine_pushes(pushes, docker.run, tmp_path / "docker-layers", "docker"),
-            "podman": engine_pushes(pushes, podman.run, tmp_path / "podman-layers", "podman", "--tls-verify=false"),
-        }
-        running = [pool.submit(pushes.repeat, push, kind) for kind, push in makers.items()]
-        running += start_raw_pushes(pool, pushes)
-        for pause, act in ((2, kill_node), (5, kill_store), (1, kill_collector)):
-            running.append(pool.submit(repeat_until_end, pushes, Random(pause), pause, act))
+    def run_gc() -> None:
+        is_killed = kills and pushes.counts["runs of gc"] > 0 and collectors.random() < 0.5
+        collect(pushes, collectors.choice(fleet.nodes), collectors, kills=is_killed)
+
+    raw = {name: partial(pushes.push_raw, name) for name in ("raw/app0", "raw/app1")}
+    with ThreadPoolExecutor(10) as pool:
+        running = [pool.submit(pushes.repeat, push, kind) for kind, push in {**engines, **raw}.items()]
+        running.append(pool.submit(pushes.delete_some, Random(4)))
+        running.append(pool.submit(repeat_until_end, pushes, Random(1), 1, run_gc))
+        if kills:
+            running.append(pool.submit(repeat_until_end, pushes, Random(2), 2, kill_nodes))
         try:
-            end = time.monotonic() + SECONDS
-            while time.monotonic() < end and not any(task.done() for task in running):
+            while is_going_on(running):
+                if kills and pushes.acknowledged.total() > known:
+                    pushes.ended.wait(3 * stores.random())
+                    kill_store(pushes, store, stores)
+                    known = pushes.acknowledged.total()
                 pushes.ended.wait(0.1)
         finally:
             pushes.ended.set()
         for task in running:
             task.result()
-        counts = pushes.counts
-        while not counts["collected blobs"]:  # a killed one counts as alive for some seconds
-            counts[collect(pushes, node, collectors, kills=False)] += 1
-        lost = [*pushes.lost, *find_losses(pushes, tmp_path / "fresh", settings)]
-    if SECONDS > 60:  # a process ends with the thread that started it, and others need this one
-        seaweedfs.kill()
-        seaweedfs.start()
-    with capsys.disabled():
-        print(f"\n{SECONDS:g} s of kills: {dict(counts)}, {len(pushes.expected)} images checked, {len(lost)} lost")
-    assert lost == []
-    assert all(counts[kind] for kind in ("raw/app0", "skopeo", "docker", "podman", "killed nodes", "killed stores"))
+        while not pushes.counts["collected blobs"]:  # a killed one counts as alive for some seconds
+            collect(pushes, fleet.nodes[0], collectors, kills=False)
 
 
-def test_nodes_that_ignore_collectors_lose_something(
-    seaweedfs: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def kill_store(pushes: Pushes, store: KillableStore, choice: Random) -> None:
+    """Kill all processes of the store at once, or some of them, and start them again."""
+    parts = list(store.parts)
+    is_whole = not pushes.killed["whole stores"] or choice.random() < 0.4
+    store.kill(parts if is_whole else choice.sample(parts, choice.randint(1, len(parts) - 1)))
+    store.start()
+    pushes.killed["whole stores" if is_whole else "parts of stores"] += 1
+
+
+def find_all_losses(pushes: Pushes, folder: Path, settings: dict[str, str], title: str) -> list[str]:
+    """Return what is lost, and print the numbers."""
+    lost = [*pushes.lost, *find_losses(pushes, folder, settings)]
+    numbers = {"killed": pushes.killed, "acknowledged": pushes.acknowledged, "besides": pushes.counts}
+    print(f"\n{title}:", *(f"{name}: {dict(sorted(counts.items()))};" for name, counts in numbers.items()))
+    print(f"  {sum(pushes.killed.values())} kills, {sum(pushes.acknowledged.values())} acknowledged images, of which")
+    print(f"  {len(pushes.expected)} were checked at the end, the others before they were deleted; lost: {lost}")
+    return lost
+
+
+def test_nothing_acknowledged_is_lost(
+    store: KillableStore, clients: ClientFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    require_programs("skopeo", "podman", "dockerd", root=True)
+    settings = scaled(store.settings(store.make_bucket("kills")))
+    with running_bucket_fleet(tmp_path, 3, settings) as fleet:
+        pushes = Pushes(fleet.balancer.port)
+        node = fleet.nodes[0]
+        docker, podman = clients.docker_with({}), clients.podman(node)
+        engines = {
+            "skopeo": skopeo_pushes(pushes, clients, node, tmp_path),
+            "docker": engine_pushes(pushes, docker.run, tmp_path / "docker-layers", "docker"),
+            "podman": engine_pushes(pushes, podman.run, tmp_path / "podman-layers", "podman", "--tls-verify=false"),
+        }
+        push_while_killing(pushes, fleet, store, engines, SECONDS)
+        with capsys.disabled():
+            lost = find_all_losses(
+                pushes, tmp_path / "fresh", settings, f"{SECONDS:g} s of kills, {type(store).__name__}"
+            )
+    assert lost == []
+    assert all(pushes.acknowledged[kind] for kind in ("raw/app0", "raw/app1", "skopeo", "docker", "podman"))
+    assert pushes.killed["nodes"] and pushes.killed["whole stores"]
+
+
+def test_nodes_that_ignore_collectors_lose_something(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sitecustomize.py").write_text(WEAKENED)
-    settings = scaled(seaweedfs.settings(seaweedfs.make_bucket("weakened")))
-    with running_bucket_fleet(tmp_path, 3, settings) as fleet, ThreadPoolExecutor(10) as pool:
-        for node in fleet.nodes:
-            node.environment["PYTHONPATH"] += f":{tmp_path}"
-            node.restart()
-        pushes, started = Pushes(fleet.balancer.port), time.monotonic()
-        running = start_raw_pushes(pool, pushes)
-        while not pushes.ended.is_set() and time.monotonic() - started < 120:
-            pushes.counts[collect(pushes, fleet.nodes[0], Random(5), kills=False)] += 1
-        pushes.ended.set()
-        for task in running:
-            task.result()
-        lost = [*pushes.lost, *find_losses(pushes, tmp_path / "fresh", settings)]
-    with capsys.disabled():
-        print(f"\nweakened: {dict(pushes.counts)}, {len(lost)} lost after {time.monotonic() - started:.0f} s")
+    with SeaweedCluster(tmp_path / "store").run() as store:
+        settings = scaled(store.settings(store.make_bucket("weakened")))
+        with running_bucket_fleet(tmp_path, 3, settings) as fleet:
+            for node in fleet.nodes:
+                node.environment["PYTHONPATH"] += f":{tmp_path}"
+                node.restart()
+            pushes = Pushes(fleet.balancer.port)
+            push_while_killing(pushes, fleet, store, {}, max(120, SECONDS), kills=SECONDS > 60)
+            with capsys.disabled():
+                lost = find_all_losses(pushes, tmp_path / "fresh", settings, "weakened")
     assert lost
 
 
 def scaled(settings: dict[str, str]) -> dict[str, str]:
     """Return `settings` with short times of gc."""
     return {**settings, "REGISTRY_STORE": f"{settings['REGISTRY_STORE']}&gc_time_scale={TIME_SCALE}"}
-
-
-def restart(node: RegistryDaemon) -> None:
-    """Kill a node, and start it again at once."""
-    node.kill()
-    node.start()
 
 
 def find_losses(pushes: Pushes, folder: Path, settings: dict[str, str]) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Self
 from urllib.parse import urlsplit
 
 from dockerproxy.net.store_location import StoreLocation
+from tests.e2e.harness.process import BackgroundProcess
 
 ACCESS_KEY, SECRET_KEY = "AKIDtest", "secret-of-the-store"
 
@@ -92,3 +93,17 @@ class ObjectStore(ABC):
             return self.send("probe", "HEAD")[0] in (200, 404)
         except (OSError, http.client.HTTPException):
             return False
+
+
+class KillableStore(ObjectStore):
+    """A store of several processes, of which each can be killed. `start` starts those that do not run."""
+
+    parts: Mapping[str, BackgroundProcess]
+
+    def kill(self, names: Iterable[str]) -> None:
+        """Kill the parts with these names."""
+        for name in names:
+            self.parts[name].kill()
+
+    def close(self) -> None:
+        self.kill(reversed(self.parts))

@@ -1,15 +1,16 @@
-"""SeaweedFS, an object store: one process with its master, volume server, filer and S3 gateway."""
+"""SeaweedFS, an object store: one process with its master, volume server, filer and S3 gateway, or one for each."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from bench.object_store import SeaweedCommand, find_seaweed
+from bench.object_store import SeaweedCommand, find_seaweed, write_users
 from bench.servers import BenchError, free_port
-from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, ObjectStore
+from tests.e2e.harness.object_store import ACCESS_KEY, SECRET_KEY, KillableStore, ObjectStore
 from tests.e2e.harness.process import BackgroundProcess
 
 
@@ -33,7 +34,7 @@ class SeaweedFS(BackgroundProcess, ObjectStore):
 
     def start(self) -> None:
         self.launch()
-        self.wait_until_ready(self.answers, timeout=90)  # its election after a crash takes 20 s
+        self.wait_until_ready(self.answers, timeout=90)
 
     def close(self) -> None:
         self.kill()  # it takes 20 s to stop
@@ -58,3 +59,48 @@ class SeaweedGateway(BackgroundProcess, ObjectStore):
 
     def close(self) -> None:
         self.kill()  # it takes 20 s to stop
+
+
+class SeaweedCluster(KillableStore):
+    """An empty store in `folder` with a process for each of its parts. It syncs each object that it acknowledges."""
+
+    def __init__(self, folder: Path) -> None:
+        self._weed, self._folder = find_weed(), folder
+        self._environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        for name in ("master", "volume", "filer"):
+            (folder / name).mkdir(parents=True)
+        names = ("master", "volume", "filer", "s3")
+        ports, grpc_ports = ({name: free_port() for name in names} for _ in range(2))
+        self._master, filer = (f"127.0.0.1:{ports[name]}.{grpc_ports[name]}" for name in ("master", "filer"))
+        users_file, self.port = write_users(folder, ACCESS_KEY, SECRET_KEY), ports["s3"]
+        options = {
+            "master": ("-peers=none", f"-mdir={folder}/master", "-telemetry=false", "-volumeSizeLimitMB=256"),
+            "volume": (f"-dir={folder}/volume", "-max=300", f"-master={self._master}"),
+            "filer": (f"-defaultStoreDir={folder}/filer", f"-master={self._master}"),
+            "s3": (f"-filer={filer}", f"-config={users_file}", "-port.iceberg=0", "-port.lance=0"),
+        }
+        self.parts = {name: self._part(name, ports[name], grpc_ports[name], options[name]) for name in names}
+
+    def _part(self, name: str, port: int, grpc_port: int, options: tuple[str, ...]) -> BackgroundProcess:
+        address = ["-ip.bind=127.0.0.1", f"-port={port}", f"-port.grpc={grpc_port}"]
+        if name != "s3":
+            address.append("-ip=127.0.0.1")
+        argv = [self._weed, f"-logdir={self._folder}", name, *address, *options]
+        return BackgroundProcess(argv, self._folder / f"{name}.out", self._environment, self._folder)
+
+    def start(self) -> None:
+        for part in self.parts.values():
+            if not part.running:
+                part.launch()
+        self.parts["s3"].wait_until_ready(self.answers, timeout=90)
+
+    def make_bucket(self, bucket: str) -> str:
+        """Create a bucket of which each object is synced, as docs/fleet.md has it, and return its name."""
+        super().make_bucket(bucket)
+        ended = subprocess.run(
+            [self._weed, f"-logdir={self._folder}", "shell", f"-master={self._master}"],
+            input=f"fs.configure -locationPrefix=/buckets/{bucket} -fsync -apply\n",
+            env=self._environment, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert '"fsync":  true' in ended.stdout, ended.stdout + ended.stderr
+        return bucket
