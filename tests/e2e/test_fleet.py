@@ -23,7 +23,7 @@ import pytest
 from dockerproxy.fleet.members import blob_key, ordered
 from tests.e2e.harness import images
 from tests.e2e.harness.clients import Skopeo
-from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.daemon import AccessLogEntry, TwistdDaemon
 from tests.e2e.harness.fake_registry import throttled
 from tests.e2e.harness.fleet import DaemonFleet, MemberDaemon, pull_blob, pulls, running_fleet, upstream_bytes
 from tests.e2e.harness.http_client import (
@@ -33,7 +33,7 @@ from tests.e2e.harness.http_client import (
     request_directly,
     send_raw,
 )
-from tests.e2e.harness.images import ACCEPT_MANIFESTS
+from tests.e2e.harness.images import ACCEPT_MANIFESTS, TypedContent
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.upstreams import BASIC, FAKE, HUB, TOKEN_URL, Upstreams
 
@@ -360,6 +360,53 @@ def test_relays_send_a_blob_on(upstreams: Upstreams, tmp_path: Path) -> None:
         assert upstream_bytes(upstreams.fake, digest) == len(data)
         sent = [entry.size for entry in owner.access_log() if entry.status in (200, 206) and entry.size > MIB]
         assert 1 <= len(sent) <= 2  # the one after the killed relay may come to the owner
+
+
+def test_an_image_for_all_members_at_once(
+    upstreams: Upstreams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Upstream sends one copy of each blob, and no member more than FLEET_FAN_OUT. FLEET_MEMBERS is their number."""
+    number = int(os.environ.get("FLEET_MEMBERS", "10"))
+    fan_out = 8 if number >= 50 else 2
+    image = images.build_small_image("fleet-herd", size=4 * MIB, layers=2)
+    upstreams.fake.put("fleet/herd", "1", image)
+    upstreams.fake.add_rule("GET", "/v2/fleet/herd/blobs/", throttled(8e6))
+    manifest = f"{FAKE}/v2/fleet/herd/manifests/1"
+    settings = {"FLEET_FAN_OUT": str(fan_out), "FLEET_TIMEOUT": "30s"}  # a busy machine has no silent members
+    launched = time.monotonic()
+    with running_fleet(tmp_path, upstreams, number, **settings) as fleet, ThreadPoolExecutor(number) as pool:
+        started = time.monotonic()
+
+        def pull(member: MemberDaemon) -> float:
+            assert member.client.get(manifest, Accept=ACCEPT_MANIFESTS).body == image.manifest.data
+            for blob in image.blobs:
+                outcome = pull_blob(member, f"{FAKE}/v2/fleet/herd/blobs/{blob.digest}")
+                assert (outcome.digest, outcome.attempts) == (blob.digest, 1)
+            return time.monotonic() - started
+
+        seconds = list(pool.map(pull, fleet.members))
+        manifests = upstreams.fake.find_requests("GET", "fleet/herd/manifests")
+        copies = [upstream_bytes(upstreams.fake, blob.digest) / len(blob.data) for blob in image.blobs]
+        logs = [member.access_log() for member in fleet.members]
+        memory = [member.resident_bytes >> 20 for member in fleet.members]
+
+    def sent(entries: Iterable[AccessLogEntry], blob: TypedContent) -> float:
+        """Return the copies of the blob that a member has sent to others."""
+        sizes = (one.size for one in entries if one.client != "127.0.0.1" and blob.digest in one.target)
+        return sum(sizes) / len(blob.data)
+
+    layers = [blob for blob in image.blobs if len(blob.data) > MIB]
+    most = [max(sent(entries, blob) for entries in logs) for blob in layers]
+    with capsys.disabled():
+        upstream, peers = (", ".join(f"{one:.2f}" for one in numbers) for numbers in (copies, most))
+        print(
+            f"\n{number} members, FLEET_FAN_OUT={fan_out}: start {started - launched:.0f} s, {sum(memory)} MiB in all;"
+            f"\n  the first has the image after {min(seconds):.1f} s, the last after {max(seconds):.1f} s;"
+            f"\n  from upstream: {len(manifests)} manifest, {upstream} copies of the blobs;"
+            f"\n  from one member at most: {peers} copies of the layers"
+        )
+    assert len(manifests) == 1 and copies == [1] * len(copies)
+    assert len(layers) == 2 and max(most) <= fan_out + 0.01
 
 
 def test_a_new_owner_gets_the_blob_from_the_former_one(upstreams: Upstreams, tmp_path: Path) -> None:

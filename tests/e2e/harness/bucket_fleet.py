@@ -12,6 +12,7 @@ from pathlib import Path
 from attrs import frozen
 
 from bench.servers import free_port
+from tests.e2e.harness.daemon import start_members
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 
 
@@ -101,9 +102,9 @@ def running_bucket_fleet(folder: Path, size: int, settings: Mapping[str, str]) -
     for node in nodes:
         node.environment["FLEET"] = " ".join(one.name for one in nodes)
     with ExitStack() as stack:
-        for node in nodes:  # one after the other, because the first creates the CA
+        for node in nodes:
             stack.callback(node.kill)
-            node.start()
+        start_members(nodes)
         yield BucketFleet(nodes, stack.enter_context(RoundRobin([node.http_port for node in nodes]).run()))
         for node in nodes:
             node.check_log([settings.get("AWS_SECRET_ACCESS_KEY", "no secret")])

@@ -9,7 +9,7 @@ import shutil
 import signal
 import ssl
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,10 @@ class TwistdDaemon(BackgroundProcess):
     def start(self) -> None:
         """Start the daemon, wait until it is healthy, and download its CA."""
         self.launch()
+        self.finish_start()
+
+    def finish_start(self) -> None:
+        """Wait until the daemon, which has been launched, is healthy, and download its CA."""
         self.wait_until_ready(self._is_healthy)
         response = request_directly("GET", self.url + "/ca.crt")
         assert response.status == 200
@@ -171,3 +175,13 @@ def twistd_argv() -> list[str]:
     sibling = Path(sys.executable).with_name("twistd")
     program = [str(sibling)] if sibling.exists() else [shutil.which("twistd3") or "twistd"]
     return [*program, "--nodaemon", "--pidfile="]
+
+
+def start_members(daemons: Sequence[TwistdDaemon], at_once: int = 8) -> None:
+    """Start the members of a fleet: the first alone, because it creates the CA, and then several at the same time."""
+    for begin in (0, *range(1, len(daemons), at_once)):
+        batch = daemons[begin : begin + at_once] if begin else daemons[:1]
+        for daemon in batch:
+            daemon.launch()
+        for daemon in batch:
+            daemon.finish_start()

@@ -16,7 +16,7 @@ from attrs import frozen
 
 from bench.servers import free_port
 from dockerproxy.fleet.members import ordered
-from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.daemon import TwistdDaemon, start_members
 from tests.e2e.harness.fake_registry import FakeRegistry
 from tests.e2e.harness.upstreams import Upstreams, format_upstream_addresses
 
@@ -82,8 +82,7 @@ def running_fleet(
         addresses = {**upstreams.addresses, "fake.test:443": free_port()}
         unreachable.environment["UPSTREAM_ADDRESSES"] = format_upstream_addresses(addresses)
     try:
-        for member in members:  # one after the other, because the first creates the CA
-            member.start()
+        start_members(members)
         yield DaemonFleet(members)
         for member in members:
             member.check_log(upstreams.secrets)
