@@ -25,7 +25,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 # The tests of the store sync thousands of small files, and a disk needs longer for that than the tests for all else.
 MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
 
-.PHONY: help venv run check test lint test-oldest test-fleet test-conformance test-programs test-clients deb test-deb \
+.PHONY: help venv run check test lint test-oldest test-fleet ceph test-conformance test-programs test-clients deb test-deb \
     test-vagrant screenshots bench bench-programs profile soak fuzz clean
 
 help: ## list the targets
@@ -67,6 +67,9 @@ test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported v
 test-fleet: .venv/made-test ## run the tests of FLEET and of buckets, FLEET_CHAOS=10 seconds of chaos, BUCKET_KILLS=6 seconds of kills
 	.venv/bin/python -m pytest -ra tests/fleet tests/bucket tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py \
 	    tests/e2e/test_bucket*.py tests/e2e/test_store_bad_days.py
+
+ceph: ## make a tree of Debian 13 with Ceph RGW in .cache, 2 minutes; test and test-fleet use it then; needs root
+	@tools/debian-root .cache/ceph ceph-mon,ceph-osd,ceph-common,radosgw
 
 test-conformance: .venv/made-test ## run the OCI conformance suite SUITE=PATH against the hosted registry
 	@.venv/bin/python -m tests.conformance.run $(SUITE)
