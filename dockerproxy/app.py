@@ -689,6 +689,7 @@ def build_fleet(
             is_own_address=is_own_address,
             resolver=connectors.resolver,
             ca_certificate=authority.certificate_pem,
+            secret=authority.derive_secret("fleet"),
             records=shared.state.open_records() if shared.multi_process else None,
             meter=shared.metrics,
             parser=parser,

@@ -14,6 +14,7 @@ from dockerproxy.cache.upstream import RegistryClient
 from dockerproxy.errors import RegistryError
 from dockerproxy.fleet.directory import Directory, FleetInvalid, Identity, IsOwnAddress, MemberResolver
 from dockerproxy.fleet.door import FleetDoor, InterceptedDoor, MirrorDoor, OpenRegistry
+from dockerproxy.fleet.hop import HopProofs
 from dockerproxy.fleet.members import Members
 from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.transport import HTTPMemberTransport
@@ -39,6 +40,7 @@ class Fleet:
     members: Members
     waits: Waits
     relays: Relays
+    proofs: HopProofs
     transport: HTTPMemberTransport
     directory: Directory
     meter: PeerMeter
@@ -62,7 +64,7 @@ class Fleet:
     ) -> FleetDoor:
         """Return the door for members. `pull_through` and `cached_only` serve them; see `FleetDoor`."""
         return FleetDoor(
-            self.directory.clock, self.members, self.waits, self.relays, pull_through, cached_only,
+            self.directory.clock, self.members, self.waits, self.relays, self.proofs, pull_through, cached_only,
             self.meter, self.timeout, self._is_draining,
             mirror, intercepted, mirror_for, intercepted_for,
         )  # fmt: skip
@@ -117,6 +119,7 @@ def compose_fleet(
     is_own_address: IsOwnAddress,
     resolver: MemberResolver,
     ca_certificate: bytes,
+    secret: bytes,
     records: Records | None,
     meter: PeerMeter,
     parser: ContentParser,
@@ -124,19 +127,22 @@ def compose_fleet(
 ) -> Fleet:
     """Return the parts of a member. Raise `FleetInvalid`.
 
-    `records` are given if several processes serve. `ca_certificate` (PEM) is that of the CA that all members have.
+    `records` are given if several processes serve. `ca_certificate` (PEM) is that of the CA that all members have, and
+    `secret` is derived from its key.
     `max_blob_size` is that of a blob that the cache takes, in bytes.
     """
     identity = Identity(address, ports, is_own_address)
     members = Members(reactor.seconds)
     tls = ClientContext.trusting(ca_certificate)
-    transport = HTTPMemberTransport(reactor, tls, timeout, partial(_source_address, members, is_own_address))
+    proofs = HopProofs(secret)
+    source_address = partial(_source_address, members, is_own_address)
+    transport = HTTPMemberTransport(reactor, tls, timeout, source_address, proofs)
     directory = Directory(reactor, listed, identity, resolver, members, transport.use)
     directory.check(listed)
     relays = Relays(fan_out, reactor.seconds)
     waits = Waits(reactor, records)
     client = MemberClient(reactor, members, transport, waits, meter, parser, max_blob_size)
-    return Fleet(members, waits, relays, transport, directory, meter, timeout, client)
+    return Fleet(members, waits, relays, proofs, transport, directory, meter, timeout, client)
 
 
 def _source_address(members: Members, is_own_address: Callable[[Any], bool]) -> str | None:

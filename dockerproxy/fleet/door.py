@@ -1,6 +1,6 @@
 """The door for other members of the fleet: their requests are served from upstream and the cache, never from a member.
 
-A request counts as a member's if it has the field of `hop` and comes from the address of a member. It has no more
+A request counts as a member's if it has the fields of `hop` and comes from the address of a member. It has no more
 rights than one of a client. It is served by a cache of its own over the same files. Its client asks upstream only.
 Downloads of the two caches are shared as those of two processes are.
 """
@@ -35,11 +35,13 @@ from dockerproxy.fleet.hop import (
     ANSWER_FIELD,
     FIELD,
     OWN_WORD,
+    PROOF_FIELD,
     RELAY_FIELD,
     UPSTREAM_WORD,
     Hop,
     HopKind,
     HopLogin,
+    HopProofs,
     parse_hop,
 )
 from dockerproxy.fleet.members import Members, blob_key, repository_key
@@ -165,6 +167,7 @@ class FleetDoor:
     members: Members
     waits: Waits
     relays: Relays
+    proofs: HopProofs
     pull_through: PullThrough
     cached_only: PullThrough
     meter: PeerMeter
@@ -208,10 +211,12 @@ class FleetDoor:
         if hop is None:
             return None
         if hop.sender in self.members.names and _is_from(request.peer, hop.sender):
-            return hop
+            proof = request.headers.joined(PROOF_FIELD.lower())
+            if self.proofs.holds(proof, hop, self.members.me, request.method, request.path):
+                return hop
         if hop.kind is HopKind.FORMER:
             _mark(request, OWN_WORD)
-            raise NotCached(f"FLEET has no {hop.sender} with the address {request.peer}")
+            raise NotCached(f"FLEET has no {hop.sender} with the address {request.peer} and the CA of this member")
         return None
 
     def _relay(self, request: Request, hop: Hop) -> str | None:

@@ -1,20 +1,25 @@
 """The field of a request that one member of a fleet sends to another. PURE.
 
 ``CDN-Loop: docker-registry-proxy;from="10.0.0.1:3128";login=none`` (RFC 8586) says that the sender is a member, and
-with which login it asks. It counts if it comes from the address of a member, and is never handed on: its receiver asks
+with which login it asks. It counts if it comes from the address of a member, with a proof that the sender has the key
+of the fleet's CA: clients of a member's proxy come from its address, too. It is never handed on: its receiver asks
 upstream.
 It takes rights away and gives none. A stranger that sends it is a client like any other.
 """
 
 from __future__ import annotations
 
+import hmac
 import re
 from enum import Enum
 
-from attrs import frozen
+from attrs import field, frozen
 
 FIELD = "CDN-Loop"
 CDN_ID = "docker-registry-proxy"
+
+PROOF_FIELD = "X-Fleet-Proof"
+"""The field beside it with the proof; see `HopProofs`."""
 
 ANSWER_FIELD = "X-Fleet-Answer"
 """The field of a response to such a request. Without it, the other side does not count the sender as a member."""
@@ -65,6 +70,22 @@ class Hop:
     def __str__(self) -> str:
         """Return the value of the field."""
         return f'{CDN_ID};from="{self.sender}";login={self.login.value};as={self.kind.value}'
+
+
+@frozen
+class HopProofs:
+    """Proofs that a hop is that of a member: for one receiver and one resource. `secret` is that of the fleet's CA."""
+
+    _secret: bytes = field(repr=False)
+
+    def make(self, hop: Hop, receiver: str, method: str, path: str) -> str:
+        """Return the proof for a request to the member `receiver`."""
+        return hmac.digest(self._secret, f"{hop}\n{receiver}\n{method} {path}".encode(), "sha256").hex()
+
+    def holds(self, proof: str | None, hop: Hop, receiver: str, method: str, path: str) -> bool:
+        """Return whether `proof`, which a request has, is the right one."""
+        right = self.make(hop, receiver, method, path)
+        return proof is not None and hmac.compare_digest(proof.encode("utf-8", "replace"), right.encode())
 
 
 def parse_hop(value: str) -> Hop | None:

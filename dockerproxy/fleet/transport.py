@@ -12,7 +12,7 @@ from twisted.web.iweb import IBodyProducer
 
 from dockerproxy.cache.upstream import UpstreamResponse
 from dockerproxy.concurrency import spawn
-from dockerproxy.fleet.hop import FIELD, Hop
+from dockerproxy.fleet.hop import FIELD, PROOF_FIELD, Hop, HopProofs
 from dockerproxy.fleet.question import Question
 from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import Dialer
@@ -59,6 +59,7 @@ class HTTPMemberTransport:
     _tls: ClientContext
     _timeout: float
     _source_address: Callable[[], str | None]
+    _proofs: HopProofs
     _clear: Agent = field(init=False)
     _through: dict[str, Agent] = field(factory=dict, init=False)
     _members: frozenset[str] = field(default=frozenset(), init=False)
@@ -68,7 +69,8 @@ class HTTPMemberTransport:
 
     async def ask(self, member: str, question: Question, hop: Hop) -> UpstreamResponse:
         """Return the response of `member`. Raise `UpstreamError`."""
-        fields = [*question.headers, (FIELD.lower(), str(hop))]
+        proof = self._proofs.make(hop, member, question.method, question.path)
+        fields = [*question.headers, (FIELD.lower(), str(hop)), (PROOF_FIELD.lower(), proof)]
         if question.is_clear:
             url = f"http://{member}{question.path}?ns={question.registry.host}"
             return await self._clear.request(question.method, url, Headers.from_lowercase(fields), client=member)

@@ -25,7 +25,15 @@ from tests.e2e.harness import images
 from tests.e2e.harness.clients import Skopeo
 from tests.e2e.harness.daemon import AccessLogEntry, TwistdDaemon
 from tests.e2e.harness.fake_registry import throttled
-from tests.e2e.harness.fleet import DaemonFleet, MemberDaemon, pull_blob, pulls, running_fleet, upstream_bytes
+from tests.e2e.harness.fleet import (
+    DaemonFleet,
+    MemberDaemon,
+    hop_fields,
+    pull_blob,
+    pulls,
+    running_fleet,
+    upstream_bytes,
+)
 from tests.e2e.harness.http_client import (
     BufferedResponse,
     basic_authorization,
@@ -334,7 +342,8 @@ def test_private_content_stays_private_at_every_member(upstreams: Upstreams, tmp
         # An address of a member gives no more rights: each is a client, too.
         address = fleet.members[0].name.partition(":")[0]
         for field in posing:
-            response = request_from(address, fleet.members[1], f"{blob}?ns=basic.test", {"CDN-Loop": field})
+            proven = hop_fields(tmp_path / "ca", field, fleet.members[1].name, blob)
+            response = request_from(address, fleet.members[1], f"{blob}?ns=basic.test", proven)
             assert response.status in (401, 504)
 
 
@@ -792,4 +801,5 @@ def test_a_blob_is_private_under_another_repositorys_name(upstreams: Upstreams, 
                         assert pull(member, f"fleet-names/{name}", login, digest, **fields) in refusals
                     # Each machine of a member may have strangers, too.
                     path = f"/v2/fleet-names/{name}/blobs/{digest}?ns=docker.io"
-                    assert request_from(address, member, path, {"CDN-Loop": hop}).status in (401, 403, 404, 504)
+                    proven = hop_fields(tmp_path / "ca", hop, member.name, path)
+                    assert request_from(address, member, path, proven).status in (401, 403, 404, 504)

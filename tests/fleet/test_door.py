@@ -24,7 +24,7 @@ from dockerproxy.errors import (
     UpstreamRefused,
 )
 from dockerproxy.fleet.door import FleetDoor, MemberRegistry, OpenRegistry
-from dockerproxy.fleet.hop import Hop, HopKind, HopLogin
+from dockerproxy.fleet.hop import Hop, HopKind, HopLogin, HopProofs
 from dockerproxy.fleet.members import Members, blob_key, ordered
 from dockerproxy.fleet.relays import Relays
 from dockerproxy.fleet.waits import Waits
@@ -39,6 +39,15 @@ ME, MEMBER, OTHER = "10.0.0.1:3128", "10.0.0.2:3128", "10.0.0.3:3128"
 QUAY = Registry.parse("quay.io")
 DIGEST = Digest.of(b"layer")
 BLOB = f"/v2/a/b/blobs/{DIGEST}"
+
+
+PROOFS = HopProofs(b"of the CA")
+
+
+def hop_fields(hop: Hop | str, method: str = "GET", path: str = BLOB, receiver: str = ME) -> list[tuple[str, str]]:
+    """Return the fields of a request of a member."""
+    proof = PROOFS.make(hop, receiver, method, path) if isinstance(hop, Hop) else "0" * 64
+    return [("CDN-Loop", str(hop)), ("X-Fleet-Proof", proof)]
 
 
 class Logins:
@@ -83,7 +92,7 @@ class DoorHarness:
         self.serve: Callable[[Request], Awaitable[None]] = self.respond
         relays = Relays(fan_out, self.clock.seconds)
         self.door = FleetDoor(
-            self.clock, self.members, Waits(self.clock, None), relays, *self.caches, self, 6.0,  # type: ignore[arg-type]
+            self.clock, self.members, Waits(self.clock, None), relays, PROOFS, *self.caches, self, 6.0,  # type: ignore[arg-type]
             lambda: self.is_draining, Clients(), Clients(), self.handlers, self.handlers,
         )  # fmt: skip
 
@@ -111,7 +120,7 @@ class DoorHarness:
         return HTTPTestClient(lambda request: self.door.handle_mirror(request, None), clock=self.clock, client=address)
 
     def fetch(self, hop: Hop | str, address: str = "10.0.0.2", path: str = BLOB, **fields: str) -> Any:
-        return self.connect(address).fetch("GET", path, [("CDN-Loop", str(hop)), *fields.items()])
+        return self.connect(address).fetch("GET", path, [*hop_fields(hop, path=path), *fields.items()])
 
 
 @pytest.fixture
@@ -145,6 +154,35 @@ def test_everybody_else_is_a_client(harness: DoorHarness, hop: Hop | str, addres
     assert harness.opened == []
 
 
+@pytest.mark.parametrize(
+    "proof",
+    [
+        [],
+        [("X-Fleet-Proof", "")],
+        [("X-Fleet-Proof", "0" * 64)],
+        [("X-Fleet-Proof", "\xe9")],
+        [("X-Fleet-Proof", HopProofs(b"another CA").make(Hop(MEMBER), ME, "GET", BLOB))],
+        hop_fields(Hop(MEMBER), path=BLOB + "0")[1:],
+        hop_fields(Hop(MEMBER), "HEAD")[1:],
+        hop_fields(Hop(MEMBER), receiver=OTHER)[1:],
+        hop_fields(Hop(OTHER))[1:],
+        hop_fields(Hop(MEMBER, HopLogin.CONFIGURED))[1:],
+        hop_fields(Hop(MEMBER))[1:] * 2,
+    ],
+    ids=range(11),
+)
+def test_a_client_of_a_member_is_no_member(harness: DoorHarness, proof: list[tuple[str, str]]) -> None:
+    """It comes from the address of that, by its proxy. It may know the proof of another request."""
+    for client, handle in ((harness.connect(), "mirror"), (harness.connect(), "intercepted")):
+        if handle == "intercepted":
+            client = HTTPTestClient(
+                lambda request: harness.door.handle_intercepted(QUAY, request), clock=harness.clock, client="10.0.0.2"
+            )
+        response = client.fetch("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER))), *proof])
+        assert (response.body, response.fields("X-Fleet-Answer")) == (b"as a client", [])
+    assert harness.opened == []
+
+
 def test_a_former_owner_whose_list_differs_does_not_wait(harness: DoorHarness) -> None:
     """It would ask its own former owner, and so on in a circle, until all of them have waited for FLEET_TIMEOUT."""
     response = harness.fetch(Hop("10.9.9.9:3128", kind=HopKind.FORMER), "10.9.9.9")
@@ -152,7 +190,7 @@ def test_a_former_owner_whose_list_differs_does_not_wait(harness: DoorHarness) -
 
 
 def test_a_member_that_pushes_is_a_client(harness: DoorHarness) -> None:
-    response = harness.connect().fetch("PUT", BLOB, [("CDN-Loop", str(Hop(MEMBER)))], b"")
+    response = harness.connect().fetch("PUT", BLOB, hop_fields(Hop(MEMBER), "PUT"), b"")
     assert response.body == b"as a client"
 
 
@@ -225,7 +263,7 @@ def test_progress_is_reported_while_upstream_is_slow(harness: DoorHarness) -> No
 
     harness.serve = wait
     client = harness.connect()
-    client.send_request("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))])
+    client.send_request("GET", BLOB, hop_fields(Hop(MEMBER)))
     harness.clock.pump([1.0] * 9)
     assert client.received == b"HTTP/1.1 102 Processing\r\n\r\n" * 4
     done.callback(None)
@@ -243,7 +281,7 @@ def test_a_member_learns_within_half_a_minute_that_upstream_does_not_answer(harn
 
     harness.serve = wait
     client = harness.connect()
-    client.send_request("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))])
+    client.send_request("GET", BLOB, hop_fields(Hop(MEMBER)))
     harness.clock.pump([1.0] * 60)
     assert client.received.count(b"102 Processing") == 14 and is_cancelled == [True]
     assert b"HTTP/1.1 504 " in client.received and b"X-Fleet-Answer: upstream" in client.received
@@ -257,7 +295,7 @@ def test_a_member_that_leaves_ends_its_request(harness: DoorHarness) -> None:
 
     harness.serve = wait
     client = harness.connect()
-    client.send_request("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))])
+    client.send_request("GET", BLOB, hop_fields(Hop(MEMBER)))
     client.disconnect()
     harness.clock.advance(1)
     assert is_cancelled == [True]
@@ -333,7 +371,7 @@ def test_the_intercepted_registry_has_the_same_door(harness: DoorHarness) -> Non
 
     for address, body in (("10.0.0.2", b"as a member"), ("10.9.9.9", b"as a client")):
         client = HTTPTestClient(handle, clock=harness.clock, client=address)
-        assert client.fetch("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))]).body == body
+        assert client.fetch("GET", BLOB, hop_fields(Hop(MEMBER))).body == body
 
 
 def test_a_malformed_path_is_refused_as_always(harness: DoorHarness) -> None:
@@ -356,7 +394,7 @@ def test_an_address_that_a_reverse_proxy_names_is_no_members(harness: DoorHarnes
         return harness.door.handle_mirror(request, None)
 
     client = HTTPTestClient(handle, clock=harness.clock, client="10.9.9.9")
-    assert client.fetch("GET", BLOB, [("CDN-Loop", str(Hop(MEMBER)))]).body == b"as a client"
+    assert client.fetch("GET", BLOB, hop_fields(Hop(MEMBER))).body == b"as a client"
 
 
 def test_a_member_learns_of_an_outage(harness: DoorHarness) -> None:

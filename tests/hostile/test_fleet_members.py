@@ -27,7 +27,7 @@ from socket import socket
 import pytest
 
 from bench.servers import free_port
-from tests.e2e.harness.fleet import MemberDaemon
+from tests.e2e.harness.fleet import MemberDaemon, hop_fields
 from tests.e2e.harness.http_client import BufferedResponse, read_response, send_raw_request
 from tests.hostile.members import (
     ADDRESS,
@@ -369,8 +369,10 @@ def test_an_address_in_a_field_makes_no_member(tmp_path: Path, workers: int) -> 
             for fields in forwarded:
                 response = _request(daemon, "127.0.0.1", port, path, {**fields, "CDN-Loop": hop})
                 assert "x-fleet-answer" not in response.headers, (port, fields)
-        # The same from the address itself: the field counts there, so that the test proves something.
-        response = _request(daemon, ADDRESS, daemon.port, path, {"CDN-Loop": hop})
+        # The same from the address itself: the field counts there with its proof, so that the test proves something.
+        assert "x-fleet-answer" not in _request(daemon, ADDRESS, daemon.port, path, {"CDN-Loop": hop}).headers
+        proven = hop_fields(tmp_path / "ca", hop, daemon.name, path)
+        response = _request(daemon, ADDRESS, daemon.port, path, proven)
         assert response.headers["x-fleet-answer"] == "own"  # it has no such login
 
 

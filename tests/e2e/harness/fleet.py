@@ -6,6 +6,7 @@ Clients come from 127.0.0.1, which is the address of no member.
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from cryptography.hazmat.primitives import serialization
 
 from bench.servers import free_port
+from dockerproxy.fleet.hop import HopProofs, parse_hop
 from dockerproxy.fleet.members import ordered
 from tests.e2e.harness.daemon import TwistdDaemon, start_members
 from tests.e2e.harness.fake_registry import FakeRegistry
@@ -35,6 +38,18 @@ class MemberDaemon(TwistdDaemon):
     def set_fleet(self, names: Iterable[str]) -> None:
         """Write FLEET into the daemon's environment file, which it reads at its start and at each reload."""
         self._file.write_text(f'FLEET="{" ".join(names)}"\n')
+
+
+def hop_fields(ca_folder: Path, hop: str, receiver: str, path: str) -> dict[str, str]:
+    """Return the fields of a member's GET of `path`, which may have a query, at `receiver`."""
+    key = serialization.load_pem_private_key((ca_folder / "ca.key").read_bytes(), None)
+    content = key.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    secret = hmac.digest(content, b"docker-registry-proxy fleet", "sha256")
+    parsed = parse_hop(hop)
+    assert parsed is not None and str(parsed) == hop, "the form of the field has changed"
+    return {"CDN-Loop": hop, "X-Fleet-Proof": HopProofs(secret).make(parsed, receiver, "GET", path.partition("?")[0])}
 
 
 @frozen
