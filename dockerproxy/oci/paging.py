@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from urllib.parse import urlencode
@@ -9,7 +10,12 @@ from urllib.parse import urlencode
 from attrs import frozen
 
 from dockerproxy.errors import PaginationInvalid
+from dockerproxy.oci.lists import TOKEN
 from dockerproxy.oci.routes import parse_query
+
+# RFC 8288, section 3: `<URL>; rel="next"; title="a, b"`, of which a field may have several.
+_PARAMETER = re.compile(rf'[ \t]*+;[ \t]*+({TOKEN})?[ \t]*+(?:=[ \t]*+({TOKEN}|"(?:[^"\\]++|\\.)*+"))?')
+_LINK = re.compile(rf"[ \t,]*+<([^<>]*+)>((?:{_PARAMETER.pattern})*+)[ \t]*+(?=,|$)")
 
 
 def sort_key(name: str) -> tuple[str, str]:
@@ -57,3 +63,26 @@ def take_page(names: Iterable[str], limit: int) -> NamePage:
 def next_link(path: str, parameters: Mapping[str, str]) -> tuple[str, str]:
     """Return the Link field (RFC 8288) to the next page, at `path` with the query `parameters`."""
     return "Link", f'<{path}?{urlencode(parameters)}>; rel="next"'
+
+
+def next_query(fields: Iterable[str]) -> str | None:
+    """Return the query of the URL of the next page, by another registry's Link `fields`; None without one.
+
+    A URL without a query would lead to the first page again.
+    """
+    for value in fields:
+        position = 0
+        while match := _LINK.match(value, position):
+            position = match.end()
+            query = match[1].partition("#")[0].partition("?")[2].strip()
+            if query and "next" in _relations(match[2]):
+                return query
+    return None
+
+
+def _relations(parameters: str) -> list[str]:
+    """Return the relation types of a link. Only its first `rel` counts."""
+    for match in _PARAMETER.finditer(parameters):
+        if (match[1] or "").lower() == "rel":
+            return (match[2] or "").strip("\"'").lower().split()
+    return []

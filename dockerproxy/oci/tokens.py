@@ -44,11 +44,12 @@ class TokenResponse:
         Raise ValueError if it has no token, or one that a header field cannot hold.
         """
         try:
-            document = parse_json(content)
+            parsed = parse_json(content, lenient=True)  # clients read it so, and nothing in it is to be verified
         except JSONInvalid:
             raise ValueError("the response is no JSON") from None
-        if not isinstance(document, dict):
+        if not isinstance(parsed, dict):
             raise ValueError("the response is no JSON object")
+        document = {name.lower(): value for name, value in parsed.items()}  # Go ignores the case of names
         tokens = [token for name in ("token", "access_token") if (token := document.get(name))]
         if not tokens or not all(isinstance(token, str) and _TOKEN.fullmatch(token) for token in tokens):
             raise ValueError("the response has no usable token")

@@ -26,8 +26,12 @@ class JSONInvalid(ValueError):
     """The content is no JSON, or exceeds a bound. The message continues a sentence that begins with the document."""
 
 
-def parse_json(content: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(
+    content: bytes, *, max_values: int = MAX_VALUES, max_depth: int = MAX_DEPTH, lenient: bool = False
+) -> Any:
     """Return the value of the JSON text `content`, in UTF-8. Raise `JSONInvalid`.
+
+    If `lenient`, the last of equal fields counts, and invalid UTF-8 is replaced, as in Go's `encoding/json`.
 
     Blocks for up to 100 ms; read long content in a thread. A number may be infinite, and a string may contain half of a
     surrogate pair: JSON can write both.
@@ -35,8 +39,8 @@ def parse_json(content: bytes, *, max_values: int = MAX_VALUES, max_depth: int =
     _check_bounds(content, max_values, max_depth)
     try:
         return json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=_unique_fields,
+            content.decode("utf-8", "replace" if lenient else "strict"),
+            object_pairs_hook=dict if lenient else _unique_fields,
             parse_constant=_refuse_constant,
         )
     except JSONInvalid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Hashable
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -23,6 +22,7 @@ from dockerproxy.http.request import Request
 from dockerproxy.http.tunnel import Tunnels
 from dockerproxy.http.upgrade import requested_protocols
 from dockerproxy.oci.names import Host, Registry, Repository
+from dockerproxy.oci.paging import next_query
 from dockerproxy.oci.routes import LIST_KINDS, Kind, Target, is_api_path
 from dockerproxy.registry.backend import PullBackend
 from dockerproxy.registry.responses import FieldList, cache_status_fields, page_fields, upstream_fields, x_cache_fields
@@ -42,9 +42,6 @@ _FORM_TYPE = "application/x-www-form-urlencoded"
 
 _MAX_FORM = 64 * 1024
 _MAX_ERROR_BODY = 64 * 1024
-
-# RFC 8288, section 3, as distribution-spec 1.1 has it: `</v2/NAME/tags/list?n=2&last=x>; rel="next"`.
-_NEXT_LINK = re.compile(r'<[^<>?#]*\?([^<>#]*)>[ \t]*;[ \t]*rel[ \t]*=[ \t]*(?:next|"next")', re.IGNORECASE)
 
 
 @frozen
@@ -257,9 +254,8 @@ def _next_page(path: str, namespace: Namespace | None, links: list[str]) -> Fiel
 
     Only its query is upstream's: a link never leads to another list, another host, or out of the namespace.
     """
-    for link in links:
-        match = _NEXT_LINK.fullmatch(link.strip())
-        if match is not None:
-            url = f"{path}?{match[1]}" if namespace is None else namespace.url(path, match[1])
-            return [("Link", f'<{url}>; rel="next"')]
-    return []
+    query = next_query(links)
+    if query is None:
+        return []
+    url = f"{path}?{query}" if namespace is None else namespace.url(path, query)
+    return [("Link", f'<{url}>; rel="next"')]

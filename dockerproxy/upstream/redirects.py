@@ -15,7 +15,7 @@ from dockerproxy.upstream.bytes_body import BytesBody
 from dockerproxy.upstream.urls import resolve_location, split_url
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-MAX_REDIRECTS = 5
+MAX_REDIRECTS = 10  # Go's client, which is that of most clients, follows nine
 # RFC 9110, section 15.4: after these, clients send GET without the body in place of POST.
 _REDIRECTS_TO_GET = frozenset({301, 302, 303})
 _DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dockerproxy.errors import PaginationInvalid
-from dockerproxy.oci.paging import NamePage, Page, next_link, sort_key, take_page
+from dockerproxy.oci.paging import NamePage, Page, next_link, next_query, sort_key, take_page
 
 NAMES = st.lists(st.text("abcXYZ019._-", min_size=1, max_size=4), unique=True)
 
@@ -62,3 +62,40 @@ def test_link() -> None:
     assert relation == 'rel="next"'
     parts = urlsplit(url.strip("<>"))
     assert (parts.path, parse_qs(parts.query)) == ("/v2/a/b/tags/list", {"n": ["2"], "last": ["x&y z"]})
+
+
+@pytest.mark.parametrize(
+    ("field", "query"),
+    [
+        ('</v2/a/tags/list?n=2&last=b>; rel="next"', "n=2&last=b"),
+        ('<https://elsewhere.example:8443/v2/a?last=b#x>; rel="next"', "last=b"),
+        ("<?last=b>;rel=next", "last=b"),
+        ('</v2/a?last=b>; rel="next"; title="a, <b>; c"', "last=b"),
+        ('</v2/a?last=b>; title="x\\"y, z" ; REL = "NEXT last"', "last=b"),
+        ('</v2/a?last=a>; rel="prev", </v2/a?last=b,c>; rel="next"', "last=b,c"),
+        ("</v2/a?last=b>; rel='next'", "last=b"),
+        ('< /v2/a?last=b >; rel="next";', "last=b"),
+        ('</v2/a?last=a>; rel="prev next"; rel=x', "last=a"),
+        ('</v2/a/page/2>; rel="next"', None),
+        ('</v2/a?last=b>; rel="prev"; rel="next"', None),
+        ("</v2/a?last=b>", None),
+        ('</v2/a?last=b>; rev="next"', None),
+        ("/v2/a?last=b", None),
+        ('</v2/a?last=b>; rel="next', None),
+        ("", None),
+    ],
+)
+def test_query_of_the_next_page(field: str, query: str | None) -> None:
+    assert next_query([field]) == query
+    assert next_query(["</x>; rel=preload", field]) == query
+
+
+@given(st.text('<>;,"=? relnxta\\/', max_size=60))
+def test_any_link(field: str) -> None:
+    query = next_query([field])
+    assert query is None or not set("<># ") & set(query[:1] + query[-1:])
+
+
+def test_long_links_cost_little() -> None:
+    for field in ("<" * 30_000, "<?a>;" * 6_000, '<?a>; a="' + "\\" * 30_000, ",".join(["<?a>"] * 6_000)):
+        assert next_query([field]) is None

@@ -38,6 +38,17 @@ def test_tokens(document: Any, tokens: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
+        b'{"token":"first","token":"t"}', b'{"Token":"t"}', b'{"ACCESS_TOKEN":"t"}', b'{"token":"t","note":"\xff"}',
+        b'{"token":"first","Token":"t"}',
+    ],
+)  # fmt: skip
+def test_responses_are_read_as_clients_read_them(content: bytes) -> None:
+    assert TokenResponse.parse(content, NOW).tokens == ("t",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
         b"", b"null", b"[]", b'"token"', b"{}", b'{"token":1}', b'{"token":""}', b'{"token":["t"]}', b'{"token":true}',
         b"\xff", b"[" * 60_000, b'{"token":"\\ud800"}', b'{"token":"a\\nb"}', b'{"token":"a\\r\\nX: y"}',
         b'{"token":"a b"}', b'{"token":"caf\xc3\xa9"}', b'{"token":"\\u0000"}', b'{"token":"t","access_token":"\\n"}',

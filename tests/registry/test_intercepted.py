@@ -1147,7 +1147,7 @@ def test_lists_through_a_mirror(connect_mirror: Any, upstream: Any, path: str, f
         ("?ns=quay.io", '<//evil.test/?n=1&last=%2e>;rel="next"', "n=1&last=%2e&ns=quay.io"),
         ("?ns=quay.io", "<?next_page=gAAA>; rel=next", "next_page=gAAA&ns=quay.io"),
         ("", "</evil.js?x>; rel=preload; as=script", None),
-        ("", '</v2/a/b/tags/list?last=x>; rel="next", </evil.js>; rel=preload', None),
+        ("", '</v2/a/b/tags/list?last=x>; rel="next", </evil.js>; rel=preload', "last=x"),
         ("", "</v2/a/b/tags/list>; rel=next", None),
         ("", '</?"onerror=x>; rel=stylesheet; rel=next', None),
     ],

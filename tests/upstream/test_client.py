@@ -335,18 +335,18 @@ class UpstreamClientTests(TestCase):
             self.assertEqual((await self.send_request(method="HEAD")).status, 200)
             self.assertEqual([request.method for request in self.servers.requests], ["HEAD", "HEAD"])
 
-    async def test_redirect_loops_and_more_than_five_redirects_are_errors(self) -> None:
+    async def test_redirect_loops_and_more_than_ten_redirects_are_errors(self) -> None:
         self.servers.respond = redirect_from(x="y", y="x")
         await self.assertFailure(Deferred.fromCoroutine(self.send_request()), UpstreamBroken)
         self.assertEqual(len(self.servers.requests), 2)
-        self.servers.respond = redirect_from(x="1", **{str(number): str(number + 1) for number in range(1, 10)})
+        self.servers.respond = redirect_from(x="1", **{str(number): str(number + 1) for number in range(1, 20)})
         self.servers.requests.clear()
         error = await self.assertFailure(Deferred.fromCoroutine(self.send_request()), UpstreamBroken)
-        self.assertEqual(len(self.servers.requests), 6)
+        self.assertEqual(len(self.servers.requests), 11)
         self.assertIn("registry.example", error.message)
 
-    async def test_five_redirects_are_followed(self) -> None:
-        self.servers.respond = redirect_from(x="1", **{str(number): str(number + 1) for number in range(1, 5)})
+    async def test_ten_redirects_are_followed(self) -> None:
+        self.servers.respond = redirect_from(x="1", **{str(number): str(number + 1) for number in range(1, 10)})
         self.assertEqual(await self.fetch(), b"ok")
 
     async def test_redirect_into_the_local_network_is_refused(self) -> None:

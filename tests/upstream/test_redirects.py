@@ -12,7 +12,7 @@ from dockerproxy.http.headers import Headers
 from dockerproxy.net.dial import AddressCheck
 from dockerproxy.oci.names import Host
 from dockerproxy.upstream.bytes_body import BytesBody
-from dockerproxy.upstream.redirects import Followed, follow
+from dockerproxy.upstream.redirects import MAX_REDIRECTS, Followed, follow
 
 TOKEN = "https://auth.example/token?service=a"
 LOGIN = Headers([("authorization", "Basic bWU6c2VjcmV0"), ("content-type", "application/x-www-form-urlencoded")])
@@ -113,7 +113,7 @@ def test_loops_and_long_chains_end() -> None:
     chain = ScriptedAgent(
         {TOKEN: (302, "/1"), **{f"https://auth.example/{number}": (302, f"/{number + 1}") for number in range(1, 20)}}
     )
-    for agent, requests in ((loop, 2), (chain, 6)):
+    for agent, requests in ((loop, 2), (chain, MAX_REDIRECTS + 1)):
         with pytest.raises(UpstreamBroken, match="loop"):
             run(agent)
         assert len(agent.requests) == requests
