@@ -22,13 +22,22 @@ from dockerproxy.concurrency import current_client, in_thread
 from dockerproxy.errors import BlobUnknown, RegistryError, ServiceOverloaded, StoreUnavailable, UpstreamFailing
 from dockerproxy.oci.content import Content
 from dockerproxy.oci.manifests import MAX_MANIFEST
-from dockerproxy.oci.names import Digest, Registry, Repository
+from dockerproxy.oci.names import Digest, Host, Registry, Repository
 from dockerproxy.store.blob_reader import StoredBlobReader
 from dockerproxy.store.blobs import Blobs, OpenBlob
 from dockerproxy.upstream.credentials import Anonymous
 from dockerproxy.upstream.registry_request import RegistryRequest
 
-BUCKET_REGISTRY = Registry.parse("registry-store.invalid")
+
+@frozen
+class BucketRegistry(Registry):
+    """The bucket as a registry. Messages do not show its host, which nobody knows."""
+
+    def __str__(self) -> str:
+        return "the bucket of REGISTRY_STORE"
+
+
+BUCKET_REGISTRY = BucketRegistry(Host("registry-store.invalid", 443))
 """The name of the bucket among the registries of the cache. RFC 6761, section 6.4: no host can have it."""
 
 _IDENTITY = "hosted"  # not that of the public, so that nobody sees the names of repositories among the downloads

@@ -169,9 +169,11 @@ class S3Bucket:
     async def open(self, key: str, byte_range: str | None = None) -> Response:
         """Return the response to a GET. The caller reads or aborts its body. `byte_range` is a Range field.
 
-        Its status is 200, 206, 404, or 416 if the object is shorter.
+        Its status is 200, 206, 404, or 416 if the object is shorter than `byte_range` begins.
         """
-        fields = [("Range", byte_range)] if byte_range is not None else []
+        if byte_range is None:
+            return await self._retry(partial(self._send, "GET", key, accepted=(200, 404)))
+        fields = [("Range", byte_range)]
         return await self._retry(partial(self._send, "GET", key, fields=fields, accepted=(200, 206, 404, 416)))
 
     async def put(self, key: str, content: bytes) -> None:
