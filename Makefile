@@ -26,7 +26,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 MEMORY = $(shell [ "$$(df --output=avail -B1M /dev/shm 2>&1 | tail -n1)" -gt 1000 ] 2>&- && echo --tmpdir=/dev/shm)
 
 .PHONY: help venv run check test lint test-oldest test-fleet ceph test-conformance test-programs test-clients deb test-deb \
-    test-vagrant screenshots bench bench-programs profile soak fuzz clean
+    test-fleet-machines test-vagrant screenshots bench bench-programs profile soak fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -93,6 +93,11 @@ test-deb: ## build the package and test it on machines that boot Debian 13; need
 test-clients: .venv/made-test ## run every client of Debian 13 and sid, 10 minutes; write docs/clients.md; ONLY=NAME; needs root
 	@tools/apt-install docker-registry=docker-registry unshare=util-linux
 	@timeout 30m .venv/bin/python -m tests.clients $(if $(ONLY),--only $(ONLY))
+
+test-fleet-machines: venv ## follow docs/fleet.md on three machines that boot Debian 13, 10 minutes; needs root
+	@rm -rf dist
+	@tools/build-deb dist
+	@timeout 30m tests/deb/fleet dist/docker-registry-proxy_*_all.deb
 
 test-vagrant: ## bring up the machine of the Vagrantfile and test it, 15 minutes without KVM; needs root
 	@rm -rf dist

@@ -57,8 +57,18 @@ def test_the_members_find_each_other() -> None:
     assert fleet.name == f"{stateful_set['serviceName']}.default.svc.cluster.local"
     [container] = stateful_set["template"]["spec"]["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"proxy": 3128}
-    assert {port["targetPort"] for port in members["ports"]} == set(ports)
+    assert ports == {"proxy": 3128, "registry": 5443}
+    assert [port["targetPort"] for port in members["ports"]] == ["proxy"]
+
+
+def test_clients_pull_and_push_by_one_name() -> None:
+    """Pods push to the name of the Service. Nodes pull by it through `hosts.toml`, which passes it on as `ns`."""
+    service = find("Service", "docker-registry-proxy")
+    settings = find("ConfigMap", "docker-registry-proxy")["data"]
+    assert settings["REGISTRY_HOSTNAME"] == f"{service['metadata']['name']}.default.svc"
+    ports = {port["targetPort"]: (port["port"], port.get("nodePort")) for port in service["spec"]["ports"]}
+    assert ports == {"proxy": (3128, 30128), "registry": (443, None)}
+    assert settings["REGISTRY_HOSTNAME"] in (FOLDER.parents[1] / "docs/fleet.md").read_text()
 
 
 def test_the_settings_exist_and_their_files_are_mounted() -> None:
@@ -110,6 +120,6 @@ def test_the_daemon_set_writes_hosts_toml(tmp_path: Path) -> None:
     for _ in range(2):  # also if the file is there
         subprocess.run([shell, "-euc", script], check=True, env=environment)
     hosts = tomllib.loads((tmp_path / "_default/hosts.toml").read_text())
-    [port] = find("Service", "docker-registry-proxy")["spec"]["ports"]
+    [port] = [one for one in find("Service", "docker-registry-proxy")["spec"]["ports"] if one["targetPort"] == "proxy"]
     assert hosts == {"host": {f"http://192.0.2.7:{port['nodePort']}": {"capabilities": ["pull", "resolve"]}}}
     assert [file.name for file in (tmp_path / "_default").iterdir()] == ["hosts.toml"]

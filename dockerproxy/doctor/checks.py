@@ -468,7 +468,8 @@ def check_ports(ports: Iterable[PortFacts], *, behind_proxy: bool) -> Iterator[D
             advice = "" if behind_proxy else f"Remove the interface from {facts.setting}, unless that is intended."
             yield Diagnosis("ports", subject, OK if behind_proxy else WARN, sentence, advice, is_public=True)
         elif not facts.outside:
-            sentence = f"port {facts.port} ({facts.setting}) was not tried: this machine has no address but loopback"
+            sentence = f"port {facts.port} ({facts.setting}) was not tried: this machine has no route to others, by"
+            sentence += " which its address is known"
             yield Diagnosis("ports", subject, OK, sentence, is_public=True)
         elif facts.error:
             sentence = f"port {facts.port} ({facts.setting}) does not answer at {facts.outside}: {facts.error}"

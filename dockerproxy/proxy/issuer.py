@@ -145,10 +145,19 @@ def load_key(files: IssuerFiles, passphrase: str | None) -> tuple[IssuerKey, tup
 
 
 def is_readable_by_others(path: Path) -> bool:
-    """Return whether users other than the owner of `path` can read it."""
-    mode = path.stat().st_mode
+    """Return whether users can read `path` who need not: those that are neither its owner nor this daemon's user.
+
+    A file of another owner, such as root, may be readable by a group of this daemon, which has no other way to read it.
+    Kubernetes mounts Secrets like that (`fsGroup`).
+    """
+    status = path.stat()
+    if status.st_mode & 0o007:
+        return True
     # With an ACL the group bits are its mask and do not mean access by the group. systemd passes credentials like that.
-    return bool(mode & 0o007) or (bool(mode & 0o070) and not _has_acl(path))
+    if not status.st_mode & 0o070 or _has_acl(path):
+        return False
+    needs_group = os.geteuid() not in (0, status.st_uid) and status.st_gid in (os.getegid(), *os.getgroups())
+    return not (needs_group and status.st_mode & 0o070 == 0o040)
 
 
 def get_extension(certificate: x509.Certificate, extension_type: type[_Extension]) -> _Extension | None:

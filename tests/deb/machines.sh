@@ -8,6 +8,7 @@
 #                                      the options are systemd-nspawn's
 #   on NAME COMMAND...                 run a command on a machine
 #   root_of NAME                       print the path of a machine's root directory
+#   kill_machine NAME                  end a machine as if its power failed; `start_machine` boots it again, with its files
 #   stop_machines                      stop all machines, and remove the switch
 #
 # Needs root. PID 1 need not be systemd. cgroups of version 1 and 2 are supported.
@@ -153,6 +154,14 @@ open_cgroups() {
     on "$1" sh -c 'mounts=$(awk "\$3 == \"cgroup\" && \$2 !~ /systemd/ {print \$2}" /proc/mounts)
         for mount in $mounts; do mount -o remount,bind,rw "$mount"; done
         [ -z "$mounts" ] || systemctl daemon-reexec'
+}
+
+kill_machine() {
+    local folder=$MACHINES/$1
+    kill -KILL "$(cat "$folder/leader")" "$(cat "$folder/nspawn")"
+    wait "$(cat "$folder/nspawn")" 2>/dev/null || true
+    wait_for 20 umount "$folder/root"
+    ip netns del "drp-$1"
 }
 
 stop_machines() {

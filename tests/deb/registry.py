@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""An upstream registry with images generated in memory, some of which it sends slowly. Usage: registry.py PORT
+"""An upstream registry with images generated in memory, some of which it sends slowly. Usage: registry.py PORT [PEM]
 
-GET /log returns the requests so far, one per line.
+PEM has a key and a certificate, with which it speaks TLS.
+GET /log returns the requests so far, one per line. It gives a token to everybody, and asks nobody for one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import random
 import re
+import ssl
 import sys
 import tarfile
 import time
@@ -64,6 +66,8 @@ class RegistryRequestHandler(BaseHTTPRequestHandler):
         image = IMAGES.get(match["name"]) if match else None
         if self.path in ("/v2/", "/log"):
             self.respond("\n".join(REQUEST_LOG).encode() if self.path == "/log" else b"{}", "application/json")
+        elif self.path.startswith("/token?"):
+            self.respond(b'{"token": "of-nobody"}', "application/json")
         elif match and image and match["kind"] == "manifests" and match["reference"] in ("1", digest(image.manifest)):
             self.respond(image.manifest, MANIFEST)
         elif match and image and match["reference"] in image.blobs:
@@ -90,4 +94,9 @@ class RegistryRequestHandler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("", int(sys.argv[1])), RegistryRequestHandler).serve_forever()
+    server = ThreadingHTTPServer(("", int(sys.argv[1])), RegistryRequestHandler)
+    if sys.argv[2:]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(sys.argv[2])
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()

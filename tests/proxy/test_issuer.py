@@ -302,6 +302,30 @@ def test_readable_key_gives_a_warning(files: IssuerFilePair, mode: int) -> None:
     assert files.key.stat().st_mode & 0o777 == mode
 
 
+@pytest.mark.parametrize(
+    ("mode", "is_ours", "is_our_group", "warns"),
+    [
+        (0o640, False, True, False),
+        (0o440, False, True, False),
+        (0o660, False, True, True),
+        (0o644, False, True, True),
+        (0o640, False, False, True),
+        (0o640, True, True, True),
+    ],
+)
+def test_a_key_of_root_may_be_readable_by_our_group(
+    files: IssuerFilePair, monkeypatch: pytest.MonkeyPatch, mode: int, is_ours: bool, is_our_group: bool, warns: bool
+) -> None:
+    """An administrator, or Kubernetes, gives it to us like that. With mode 600 we could not read it."""
+    key = files.write(pem(EC_KEY), make_certificate()).key
+    key.chmod(mode)
+    status = key.stat()
+    monkeypatch.setattr("os.geteuid", lambda: status.st_uid if is_ours else status.st_uid + 1)
+    monkeypatch.setattr("os.getegid", lambda: status.st_gid + 1)
+    monkeypatch.setattr("os.getgroups", lambda: [status.st_gid] if is_our_group else [])
+    assert bool(files.load().warnings) is warns
+
+
 def test_systemd_credential_is_private(files: IssuerFilePair, monkeypatch: pytest.MonkeyPatch) -> None:
     """systemd grants the service's user access with an ACL. Its mask appears as the group bits: 0440."""
     files.write(pem(EC_KEY), make_certificate()).key.chmod(0o440)
