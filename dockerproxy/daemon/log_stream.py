@@ -14,9 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 _MAX_QUEUED = 1024 * 1024  # bytes; about 10,000 lines
 _RETRY_INTERVAL = 0.1  # seconds
+
+_streams: WeakSet[NonBlockingStream] = WeakSet()
 
 DROPPED_MESSAGE = "{} log lines were dropped because nobody read the log"
 
@@ -39,11 +42,18 @@ class NonBlockingStream:
         self._reactor = reactor
         self._encoding = encoding
         self._format_dropped = format_dropped
-        self._write_some = _non_blocking_write(descriptor)
+        self.descriptor, self._write_some = _non_blocking_write(descriptor)
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._dropped = 0
         self._retry: Any = None
+        _streams.add(self)
+
+    def start_again(self, reactor: Any) -> None:
+        """Go on in a process that was forked: with its `reactor`, and without the lines that the other one writes."""
+        self._reactor, self._retry, self._dropped = reactor, None, 0
+        self._queue.clear()
+        self._queued_bytes = 0
 
     def write(self, text: str) -> None:
         """Write `text`, one or more whole lines, or queue it. Raise OSError if the descriptor is broken."""
@@ -97,8 +107,19 @@ class NonBlockingStream:
             self._drain()
 
 
-def _non_blocking_write(descriptor: int) -> Callable[[bytes], int]:
-    """Return a function that writes up to PIPE_BUF bytes, or raises BlockingIOError.
+def inherited_descriptors() -> list[int]:
+    """Return the descriptors of all streams. A forked process must not close them: it would log into its next file."""
+    return [stream.descriptor for stream in _streams]
+
+
+def start_inherited_streams(reactor: Any) -> None:
+    """Let all streams of the process from which this one was forked go on here."""
+    for stream in _streams:
+        stream.start_again(reactor)
+
+
+def _non_blocking_write(descriptor: int) -> tuple[int, Callable[[bytes], int]]:
+    """Return a descriptor, and a function that writes up to PIPE_BUF bytes to it, or raises BlockingIOError.
 
     The descriptor itself stays in blocking mode: O_NONBLOCK belongs to the open file description, which other processes
     share. A pipe or terminal can be opened a second time (proc(5)), and a socket has a flag for a single call.
@@ -106,18 +127,18 @@ def _non_blocking_write(descriptor: int) -> Callable[[bytes], int]:
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISSOCK(mode):
         sock = socket.socket(fileno=os.dup(descriptor))
-        return lambda data: sock.send(data, socket.MSG_DONTWAIT)
+        return sock.fileno(), lambda data: sock.send(data, socket.MSG_DONTWAIT)
     if stat.S_ISREG(mode):
-        return lambda data: os.write(descriptor, data)
+        return descriptor, lambda data: os.write(descriptor, data)
     try:
         own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:  # no /proc, or a pipe that another user created
         return _polling_write(descriptor)
-    return lambda data: os.write(own, data)
+    return own, lambda data: os.write(own, data)
 
 
-def _polling_write(descriptor: int) -> Callable[[bytes], int]:
-    """Return a function that writes if poll(2) says so: a pipe is writable if it has room for PIPE_BUF bytes."""
+def _polling_write(descriptor: int) -> tuple[int, Callable[[bytes], int]]:
+    """As `_non_blocking_write`, by poll(2): a pipe is writable if it has room for PIPE_BUF bytes."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
 
@@ -126,4 +147,4 @@ def _polling_write(descriptor: int) -> Callable[[bytes], int]:
             raise BlockingIOError
         return os.write(descriptor, data)
 
-    return write
+    return descriptor, write

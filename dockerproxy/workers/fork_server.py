@@ -26,6 +26,7 @@ from attrs import field, frozen
 from twisted.application.service import Service
 from twisted.logger import Logger, globalLogPublisher
 
+from dockerproxy.daemon.log_stream import inherited_descriptors
 from dockerproxy.workers.log_relay import remove_log_observers
 from dockerproxy.workers.message_socket import MAX_MESSAGE_SIZE, MessageSocket, socketpair
 
@@ -251,12 +252,13 @@ def _has_log() -> bool:
 
 
 def _close_other_descriptors(*keep: int) -> None:
-    """Close all descriptors but the standard streams and `keep`.
+    """Close all descriptors but the standard streams, those of the log, and `keep`.
 
     The Python objects that own these descriptors must not be freed, because they would close descriptors that reuse the
     numbers. The calling frames, which never return, hold references to them.
     """
+    kept = {0, 1, 2, *inherited_descriptors(), *keep}
     for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in keep:
+        if int(name) not in kept:
             with suppress(OSError):  # the descriptor of os.listdir is already closed
                 os.close(int(name))

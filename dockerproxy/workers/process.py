@@ -22,6 +22,7 @@ from dockerproxy.cache.identity import Bindings
 from dockerproxy.concurrency import use_monotonic_clock
 from dockerproxy.daemon.jsonlog import JsonLog, json_stream
 from dockerproxy.daemon.listener_service import ListenerService
+from dockerproxy.daemon.log_stream import start_inherited_streams
 from dockerproxy.daemon.memory_tuning import freeze_startup_objects
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.proxy.certificates import Certificates
@@ -198,6 +199,7 @@ class WorkerProcess:
 def run_worker(forked_state: ForkedState, request: SpawnRequest) -> None:
     """Run a worker until the main process stops it or exits."""
     reactor = _install_new_reactor(forked_state.reactor)
+    start_inherited_streams(reactor)
     if request.log_fd is not None:
         # Not sys.stdout, which is an object of the main process: twistd has replaced it if it runs in the background.
         globalLogPublisher.addObserver(JsonLog(json_stream(reactor, 1)))

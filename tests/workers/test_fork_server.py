@@ -151,6 +151,24 @@ def test_worker_output_goes_to_the_log_pipe() -> None:
     assert text == "out\nerr"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "socketpair"])
+def test_a_worker_logs_to_the_log_of_the_main_process(kind: str) -> None:
+    """Not to whatever has got the number of its descriptor, such as the connection of a client."""
+    output, received, written = run_script(
+        "log_stream.start_inherited_streams(DescriptorReactor())\n"
+        "    pairs = [socket.socketpair() for _ in range(40)]; stream.write('a line\\n')\n"
+        "    ready = select.select([one for pair in pairs for one in pair], [], [], 0)[0]\n"
+        "    answer = json.dumps([one.recv(9).decode() for one in ready]).encode()\n"
+        "    socket.socket(fileno=request.socket_fd).send(answer)",
+        "from dockerproxy.daemon import log_stream\n"
+        f"ends = os.pipe() if {kind!r} == 'pipe' else [one.detach() for one in socket.socketpair()]\n"
+        "stream = log_stream.NonBlockingStream(reactor, ends[1]); stream.write('first\\n')\n"
+        "server = begin(); sock = start(server, 1); wait_for(2); os.set_blocking(ends[0], False)\n"
+        "print(json.dumps([os.read(ends[0], 100).decode(), json.loads(sock.recv(1000)), events[1][2]]))",
+    )
+    assert (output, received, written) == ("first\na line\n", [], "exit status 0")
+
+
 def test_failure_of_a_worker_without_a_log_goes_to_its_pipe() -> None:
     """It would otherwise be restarted for ever, and nobody would learn why."""
     text = run_script(
