@@ -26,6 +26,7 @@ from dockerproxy.registry.login_throttle import LoginThrottle
 _HASH = re.compile(r"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _MAX_PASSWORD = 72  # bytes; bcrypt ignores the rest, and its Python library refuses longer passwords
 _CACHE_SECONDS = 300.0  # seconds after its last use for which a verified login is not hashed again
+_REFUSED_SECONDS = 300.0  # seconds after its last use for which a wrong login is not hashed again
 _MAX_CACHED = 1000
 _MAX_DELAY = 2.0  # seconds that a throttled login waits; a longer delay is refused with 429
 
@@ -111,6 +112,10 @@ class HtpasswdFile:
         self._dummy_hash = b""
         self._signature: tuple[int, int, int] | None = None
         self._verified: BoundedDict[bytes, bool] = BoundedDict(_MAX_CACHED, ttl=_CACHE_SECONDS, clock=clock.seconds)
+        # A host that repeats an old password guesses nothing, and the others behind its NAT must not wait for it.
+        self._refused: BoundedDict[tuple[str, bytes], bool] = BoundedDict(
+            _MAX_CACHED, ttl=_REFUSED_SECONDS, clock=clock.seconds
+        )
         self._checks: SingleFlight[tuple[str, bytes], bool] = SingleFlight(cancel_abandoned=True)
         self.reload()
 
@@ -122,6 +127,7 @@ class HtpasswdFile:
             users = parse_htpasswd(content.decode("utf-8-sig"), self._path, self._setting)
         self._users = users
         self._verified.clear()
+        self._refused.clear()
         # Unknown users are compared with this hash, which costs as much as the most expensive one in the file.
         rounds = max((int(hashed[4:6]) for hashed in users.values()), default=10)
         self._dummy_hash = b"$2b$%02d$" % rounds + b"." * 53
@@ -138,8 +144,8 @@ class HtpasswdFile:
     async def check_password(self, credentials: BasicCredentials, client: str) -> bool:
         """Return whether user and password are correct.
 
-        `client` is the address that sent them. After a few failures its logins wait; raise `TooManyRequests` if they
-        would wait too long, or if too many of them wait already.
+        `client` is the address that sent them. After a few wrong logins, of which each counts once, those that are not
+        known wait; raise `TooManyRequests` if they would wait too long, or if too many of them wait already.
         """
         self._reload_if_changed()
         key = hmac.new(
@@ -150,6 +156,10 @@ class HtpasswdFile:
             # an old password. A change of the file forgets all.
             self._verified[key] = True
             return True
+        if self._refused.get((client, key)):
+            self._refused[client, key] = True
+            self._on_checked(False)
+            return False
         await self._delay(client)
         return await self._checks.do((client, key), lambda: self._check(credentials, key, client))
 
@@ -178,6 +188,8 @@ class HtpasswdFile:
         )
         if not is_match or password_hash is None or self._users.get(credentials.user) != password_hash:
             self._on_checked(False)
+            if password_hash == self._users.get(credentials.user):  # not if the file has changed meanwhile
+                self._refused[client, key] = True
             self._throttle.record_failure(client)
             error = self._refusal(client)
             if error is not None:  # those that came before the failures were known

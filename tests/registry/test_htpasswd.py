@@ -108,8 +108,9 @@ class HtpasswdFileTests(TestCase):
         self.clock.advance(module._CACHE_SECONDS)
         self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
         self.assertEqual(len(threads), 2)
-        for _ in range(2):
-            self.assertFalse(await self.htpasswd.check_password(BasicCredentials("alice", "wrong"), CLIENT))
+        for number in range(2):
+            wrong = BasicCredentials("alice", f"wrong {number}")
+            self.assertFalse(await self.htpasswd.check_password(wrong, CLIENT))
         self.assertEqual(len(threads), 4)
 
     async def test_concurrent_checks_compute_once(self) -> None:
@@ -171,8 +172,8 @@ class HtpasswdFileTests(TestCase):
         self.assertEqual(len(threads), 5)
         self.clock.advance(0.5)
         self.assertFalse(await delayed)
-        for _ in range(2):
-            delayed = Deferred.fromCoroutine(self.htpasswd.check_password(wrong[6], CLIENT))
+        for credentials in wrong[9:11]:
+            delayed = Deferred.fromCoroutine(self.htpasswd.check_password(credentials, CLIENT))
             self.clock.advance(2)
             self.assertFalse(await delayed)
         with self.assertRaises(TooManyRequests) as caught:
@@ -207,6 +208,25 @@ class HtpasswdFileTests(TestCase):
             with contextlib.suppress(TooManyRequests):
                 await failing
         self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
+
+    async def test_a_host_that_repeats_an_old_password_delays_nobody_behind_its_nat(self) -> None:
+        """It repeats one login, and so guesses nothing. Other hosts of the same address log in for the first time."""
+        outcomes: list[bool] = []
+        self.htpasswd = HtpasswdFile(self.clock, self.pool, self.path, b"s" * 32, on_checked=outcomes.append)
+        threads = self.record_hash_threads()
+        old = BasicCredentials("alice", "old")
+        for _ in range(100):
+            self.clock.advance(module._REFUSED_SECONDS - 1)
+            self.assertFalse(await self.htpasswd.check_password(old, CLIENT))
+        self.assertEqual((len(threads), outcomes), (1, [False] * 100))
+        self.assertTrue(await self.htpasswd.check_password(BasicCredentials("alice", "wonder"), CLIENT))
+        self.assertFalse(await self.htpasswd.check_password(old, "192.0.2.8"))  # others learn nothing of it by the time
+        self.assertEqual(len(threads), 3)
+        self.clock.advance(module._REFUSED_SECONDS)
+        self.assertFalse(await self.htpasswd.check_password(old, CLIENT))
+        self.assertEqual(len(threads), 4)
+        self.write(alice=b"old")
+        self.assertTrue(await self.htpasswd.check_password(old, CLIENT))
 
     async def test_a_check_is_dropped_if_its_client_leaves_before_it_starts(self) -> None:
         threads = self.record_hash_threads()
