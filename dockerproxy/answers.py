@@ -29,6 +29,7 @@ from dockerproxy.doctor.findings import OK, public_report
 from dockerproxy.http.request import Request
 from dockerproxy.registry.principal import Principal
 from dockerproxy.settings import Settings
+from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.pull_history import PullHistory
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
@@ -153,13 +154,11 @@ def load_explainer(
     """Load the answers to `dockerproxy why`."""
     from dockerproxy.admin.why import Explainer
 
-    hosted, cached = store_views(state, server)
+    stores = store_views(state, server)
     records = state.open_records()
-    # A bucket is not asked for an explanation.
-    stores = [hosted, cached] if settings.registry_store is None else [cached]
     return Explainer(
         ImageResolver(stores, frozenset(settings.registry_hostname)),
-        cached,
+        stores[1],
         server.registries.mirrored,
         records,
         Access(records, time.time),
@@ -172,14 +171,17 @@ def load_explainer(
 
 
 def build_history_handlers(
-    reactor: Any, pull_history: PullHistory, explainer: Callable[[], Explainer]
+    reactor: Any, disk: DiskAccess, pull_history: PullHistory, explainer: Callable[[], Explainer]
 ) -> Mapping[tuple[str, str], ControlHandler]:
-    """Build the handlers of `dockerproxy why` and `history`, by method and path. `explainer` loads the answers."""
+    """Build the handlers of `dockerproxy why` and `history`, by method and path.
+
+    `explainer` loads the answers, which read the hosted registry in the threads of `disk`.
+    """
 
     def load() -> HistoryHandlers:
         from dockerproxy.admin.history import HistoryHandlers
 
-        return HistoryHandlers(reactor, pull_history, explainer(), time.time)
+        return HistoryHandlers(reactor, disk, pull_history, explainer(), time.time)
 
     async def handle(request: Request, response: NDJSONResponse, principal: Principal) -> None:
         history = await first_use.get()

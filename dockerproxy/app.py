@@ -184,7 +184,7 @@ class HostedStorage:
     """The storage of the hosted registry: REGISTRY_DIR, or the bucket of REGISTRY_STORE with its `probes`.
 
     The command and the page read it in the threads of `disk`, as a tree in `layout`. `open_reader` opens the tree for
-    one answer, and `open_walker` for one about all repositories.
+    one answer, and `open_walker` for one about all repositories. `keeps_conditions` asks the bucket whether it does.
     """
 
     store: HostedStore
@@ -194,6 +194,7 @@ class HostedStorage:
     open_walker: Callable[[], TreeReader] = TreeReader
     probes: Sequence[StoreProbe] = ()
     bounds: Sequence[Bound] = ()
+    keeps_conditions: Callable[[], Awaitable[bool]] | None = None
 
 
 @frozen
@@ -763,8 +764,16 @@ def build_hosted_storage(
     # It may hang as a file system of another machine may.
     bucket_disk = NetworkDisk.start(reactor, "REGISTRY_STORE", "an object store")
     open_reader, open_walker = assembly.open_trees(reactor, bucket)
+    keeps_conditions = partial(assembly.keeps_conditions, bucket)
     return HostedStorage(
-        store, bucket_disk, assembly.TREE_LAYOUT, open_reader, open_walker, [probe], bucket_disk.bounds
+        store,
+        bucket_disk,
+        assembly.TREE_LAYOUT,
+        open_reader,
+        open_walker,
+        [probe],
+        bucket_disk.bounds,
+        keeps_conditions,
     )
 
 

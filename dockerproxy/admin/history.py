@@ -26,6 +26,7 @@ from dockerproxy.oci.docker_hub import shown_name, stored_name
 from dockerproxy.oci.names import Digest
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.registry.principal import Principal
+from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.pull_history import PullHistory
 
 _WHY = {"name": NAME, "platform": NAME}
@@ -40,6 +41,7 @@ class HistoryHandlers:
     """Responds to these requests."""
 
     _reactor: Any
+    _disk: DiskAccess
     _history: PullHistory
     _explainer: Explainer
     _clock: Callable[[], float]
@@ -53,7 +55,7 @@ class HistoryHandlers:
         arguments = parse_pairs(parse_query(request.query), _WHY)
         if "name" not in arguments:
             raise InvalidArguments("the argument 'name' is missing")
-        document = await in_thread(self._reactor, self._explainer.explain, arguments["name"], arguments.get("platform"))
+        document = await self._disk.run(self._explainer.explain, arguments["name"], arguments.get("platform"))
         request.respond(200, JSON_FIELDS, json.dumps(document).encode())
 
     async def _list(self, request: Request, response: NDJSONResponse, principal: Principal) -> None:

@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from dockerproxy.cache.freshness import Freshness
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.manifests import TagEntry, tag_entries
 from dockerproxy.cache.rate_limits import RateLimits
-from dockerproxy.errors import DigestInvalid, NameInvalid
+from dockerproxy.errors import DigestInvalid, NameInvalid, RegistryError
 from dockerproxy.oci.docker_hub import stored_name
 from dockerproxy.oci.manifests import MAX_MANIFEST
 from dockerproxy.oci.names import Digest, Host, Registry, parse_repository, parse_tag
@@ -29,7 +30,7 @@ from dockerproxy.store.links import Visibility
 from dockerproxy.store.pull_history import PullHistory
 from dockerproxy.store.records import Records
 from dockerproxy.store.tombstones import Tombstones, format_idle
-from dockerproxy.store.tree_reader import UnsafeFile, read_small
+from dockerproxy.store.tree_reader import UnsafeFile
 
 _MAX_TAGS = 50
 _MAX_CONTENTS = 500  # beside the manifest itself, of an image with all its platforms
@@ -56,7 +57,8 @@ class Explainer:
     def explain(self, text: str, platform: str | None = None) -> Document:
         """Return the result that a pull of the image `text` would have now, and earlier results. Blocks.
 
-        Raise `NotFound` if neither store and no served registry can have it, or `InvalidArgument`.
+        Raise `NotFound` if neither store and no served registry can have it, `InvalidArgument`, or the error of a
+        hosted registry that does not answer.
         """
         path, tag, digest = parse_name(text)
         try:
@@ -99,7 +101,7 @@ class Explainer:
 
     def _find(self, path: str, tag: str | None, digest: Digest | None) -> ImageRef:
         try:
-            found = self.resolver.resolve(path)
+            found = self._resolve(path)
             return ImageRef(found.store, found.repository, tag, digest)
         except NotFound:
             key = stored_name(path)
@@ -108,6 +110,16 @@ class Explainer:
                 raise
             parse_repository(key.partition("/")[2])
         return ImageRef(self.cache, key, tag, digest)
+
+    def _resolve(self, path: str) -> ImageRef:
+        """Return the repository `path`. The cache is searched also if the hosted registry does not answer."""
+        resolver = self.resolver.snapshot()
+        try:
+            return resolver.resolve(path)
+        except RegistryError as error:
+            with suppress(NotFound):
+                return resolver.resolve(path, CACHED)
+            raise error
 
     # what would happen now
 
@@ -224,7 +236,7 @@ class Explainer:
 
     def _read(self, ref: ImageRef, digest: Digest) -> bytes:
         try:
-            return read_small(ref.store.layout.blob(digest), MAX_MANIFEST) or b""
+            return ref.store.reader.read_small(ref.store.layout.blob(digest), MAX_MANIFEST) or b""
         except UnsafeFile:
             return b""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from dockerproxy.bucket.blocking_bucket import BlockingBucket, ReactorWait
 from dockerproxy.bucket.bucket_hosted_store import BucketHostedStore
-from dockerproxy.bucket.bucket_probe import probe_bucket
+from dockerproxy.bucket.bucket_probe import keeps_conditions, probe_bucket
 from dockerproxy.bucket.bucket_reads import BucketClient, BucketReads
 from dockerproxy.bucket.bucket_tree import BucketTree, ReaderThreads
 from dockerproxy.bucket.kept_answers import KeptAnswers
@@ -32,6 +32,7 @@ __all__ = [
     "NoCredentials",
     "StoreRefused",
     "boot_time",
+    "keeps_conditions",
     "open_bucket",
     "open_store",
     "open_trees",

@@ -1,4 +1,4 @@
-"""Whether the bucket can be written at this moment."""
+"""Whether the bucket can be written at this moment, and keeps to conditions."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ async def _try(bucket: S3Bucket, key: str, reads_only: Callable[[], bool]) -> Pr
         sentence = f"{_SETTING} does not answer; until it does, pushes fail"
         return ProbeResult(StoreState.HANGS, sentence, f"{_SETTING}: {error.message}")
     return ProbeResult(StoreState.WRITABLE)
+
+
+async def keeps_conditions(bucket: S3Bucket) -> bool:
+    """Return whether the store lets only one of two writers create an object, which gc relies on.
+
+    Raise `StoreUnavailable`, or `StoreRefused` if it lets nobody.
+    """
+    key = f"{keys.PROBES}{secrets.token_hex(8)}"
+    await bucket.create(key, b"first")
+    holds = await bucket.create(key, b"second") == b"first"
+    await bucket.delete([key])
+    return holds

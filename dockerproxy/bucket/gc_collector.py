@@ -18,6 +18,7 @@ from attrs import define, evolve, field, frozen
 from twisted.internet.task import LoopingCall, deferLater
 
 from dockerproxy.bucket import keys
+from dockerproxy.bucket.bucket_probe import keeps_conditions
 from dockerproxy.bucket.gc_runs import (
     DELETING,
     GC,
@@ -201,13 +202,10 @@ class _GCRun:
 
     async def _check_conditions(self) -> None:
         """Raise `GCRefused` if the store lets two writers create the same object."""
-        key = f"{keys.PROBES}{secrets.token_hex(8)}"
         try:
-            await self._bucket.create(key, b"first")
-            holds = await self._bucket.create(key, b"second") == b"first"
+            holds = await keeps_conditions(self._bucket)
         except StoreRefused as error:
             raise GCRefused(f"gc needs to create objects by PUT with If-None-Match: {error.message}") from None
-        await self._bucket.delete([key])
         if not holds:
             raise GCRefused(f"gc does not run, because {self._bucket.location} {IGNORES_CONDITIONS}")
 

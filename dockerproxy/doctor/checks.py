@@ -304,6 +304,17 @@ def check_disks(disks: Iterable[DiskFacts]) -> Iterator[Diagnosis]:
         yield Diagnosis("disk", setting, level, sentence, advice)
 
 
+def check_conditions(keeps: bool) -> Iterator[Diagnosis]:
+    """Return whether the bucket `keeps` to conditions."""
+    setting = "REGISTRY_STORE"
+    if keeps:
+        yield Diagnosis("store", setting, OK, f"{setting} keeps to If-None-Match")
+    else:
+        sentence = f"{setting} does not keep to If-None-Match, so `dockerproxy gc` refuses to run"
+        advice = "Pushes and pulls work. Use a store, or a newer version of it, that creates an object only once."
+        yield Diagnosis("store", setting, WARN, sentence, advice)
+
+
 def check_evictions(idle_age: float | None) -> Iterator[Diagnosis]:
     """Return whether the cache is large enough. `idle_age` are the seconds for which the last to leave was unused."""
     if idle_age is None:

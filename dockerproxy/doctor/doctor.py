@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +37,8 @@ class DoctorSources:
     `EndedLogins.report_list` and ``/v1/budget``; the last one blocks. `usage` are the bytes of the cache and their
     limit, and `fleet` the states of the members of FLEET. `refusing_clients` has the POSIX time of each client's last
     refusal. `repositories` is the directory with those of the cache, and `helpers` returns the credential helpers as
-    `HelperFacts` describes them. `maintenance` has the last runs of gc and check, and blocks. `now` returns POSIX time.
+    `HelperFacts` describes them. `keeps_conditions` asks the bucket of REGISTRY_STORE, if that is set, whether it does.
+    `maintenance` has the last runs of gc and check, and blocks. `now` returns POSIX time.
     """
 
     reactor: Any
@@ -49,6 +50,7 @@ class DoctorSources:
     address_check: AddressCheck | None
     resolver: Resolver
     probes: Sequence[StoreProbe]
+    keeps_conditions: Callable[[], Awaitable[bool]] | None
     authority: CertificateAuthority
     states: Callable[[], Sequence[Mapping[str, Any]]]
     refused_logins: Callable[[], Sequence[Mapping[str, Any]]]

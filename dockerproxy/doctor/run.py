@@ -14,7 +14,7 @@ from dockerproxy.doctor import checks, machine
 from dockerproxy.doctor.doctor import DoctorSettings, DoctorSources
 from dockerproxy.doctor.findings import OK, WARN, Diagnosis
 from dockerproxy.doctor.registries import RegistryExaminer, used_registries
-from dockerproxy.errors import RegistryError
+from dockerproxy.errors import RegistryError, StoreRefused
 from dockerproxy.oci.host_table import RegistryWildcard, Wildcard
 from dockerproxy.oci.names import Host, Registry
 from dockerproxy.store.write_probe import StoreState
@@ -63,6 +63,7 @@ async def network_findings(sources: DoctorSources, settings: DoctorSettings) -> 
         "ports": _ports(sources, settings),
         "name": _name(sources, settings),
         "proxy": _proxy(sources, settings),
+        "store": _store(sources, settings),
     }
     return await _gather(sources.reactor, works, NETWORK_LIMIT)
 
@@ -208,6 +209,20 @@ async def _fleet(sources: DoctorSources) -> list[Diagnosis]:
 
 async def _await(work: Awaitable[checks.MemberFacts]) -> checks.MemberFacts:
     return await work
+
+
+async def _store(sources: DoctorSources, settings: DoctorSettings) -> list[Diagnosis]:
+    """Return whether the bucket keeps to conditions. A key that may only read cannot try that."""
+    if sources.keeps_conditions is None or settings.settings.registry_read_only:
+        return []
+    results = await gatherResults([Deferred.fromCoroutine(probe.probe()) for probe in sources.probes])
+    if any(result.state is not StoreState.WRITABLE for result in results):
+        return []  # the check of the disks says what is wrong
+    try:
+        keeps = await sources.keeps_conditions()
+    except StoreRefused:  # it takes other writes
+        keeps = False
+    return list(checks.check_conditions(keeps))
 
 
 async def _ports(sources: DoctorSources, settings: DoctorSettings) -> list[Diagnosis]:

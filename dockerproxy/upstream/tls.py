@@ -19,12 +19,12 @@ from dockerproxy.errors import CertificateRejected, UpstreamUnreachable
 from dockerproxy.http.tls import TLSTransport, set_mode
 from dockerproxy.oci.names import Host
 
-_UNTRUSTED_CA = "its CA is not trusted; to trust it, add the CA to UPSTREAM_CA_FILE"
+_UNTRUSTED_CA = "its CA is not trusted; to trust it, add the CA to UPSTREAM_CA_FILE and restart the proxy"
 # The common errors of X509_verify_cert (openssl-verification-options(1)); all others are reported by number.
 _VERIFY_ERRORS = {
     9: "it is not valid yet; is this machine's clock right?",
     10: "it has expired",
-    18: "it is self-signed; to trust it, add it to UPSTREAM_CA_FILE",
+    18: "it is self-signed; to trust it, add it to UPSTREAM_CA_FILE and restart the proxy",
     19: _UNTRUSTED_CA,
     20: _UNTRUSTED_CA,
     21: _UNTRUSTED_CA,

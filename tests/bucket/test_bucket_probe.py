@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from twisted.internet.defer import Deferred
 
-from dockerproxy.bucket.bucket_probe import RESULT_TTL, probe_bucket
+from dockerproxy.bucket.bucket_probe import RESULT_TTL, keeps_conditions, probe_bucket
 from dockerproxy.errors import UpstreamUnreachable
 from dockerproxy.store.write_probe import ProbeResult, StoreProbe, StoreState
 from tests.cache.support.reactor import ManualReactor
@@ -84,3 +84,13 @@ def test_a_store_that_cannot_be_reached_does_not_answer(fake: FakeStore) -> None
     assert result.state is StoreState.HANGS
     assert "does not answer" in result.sentence and "store.test" not in result.sentence
     assert "connection refused" in result.details
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_store_that_ignores_conditions_is_found(fake: FakeStore, keeps: bool) -> None:
+    fake.knows_conditions = keeps
+    results: list[bool] = []
+    Deferred.fromCoroutine(keeps_conditions(fake.bucket())).addCallback(results.append)
+    while not results:
+        fake.clock.advance(0.5)
+    assert (results, fake.keys()) == ([keeps], [])

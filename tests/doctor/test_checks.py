@@ -372,3 +372,10 @@ def test_members_that_were_asked() -> None:
     assert "does not answer: Connection refused" in findings[1].sentence
     assert "another CA" in findings[2].sentence
     assert not any(finding.is_public for finding in findings)
+
+
+def test_a_bucket_that_ignores_conditions() -> None:
+    (finding,) = checks.check_conditions(False)
+    assert (finding.level, finding.subject) == (WARN, "REGISTRY_STORE")
+    assert "gc" in finding.sentence and "newer version" in finding.advice
+    assert levels(checks.check_conditions(True)) == [OK]

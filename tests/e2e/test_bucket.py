@@ -113,6 +113,7 @@ def test_readyz_status_and_doctor_know_the_bucket(seaweedfs: SeaweedFS, tmp_path
             hosted = run("status")["shelves"]["hosted"]
             assert "known" in hosted["directory"] and "error" not in hosted
             assert finding("ok")
+            assert "REGISTRY_STORE keeps to If-None-Match" in {entry["sentence"] for entry in run("doctor")["findings"]}
             store.stop()
             wait_until(lambda: "REGISTRY_STORE" in ready()[1], "the daemon noticed", timeout=60)
             status, text = ready()

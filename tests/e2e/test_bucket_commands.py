@@ -85,6 +85,9 @@ def test_ls_and_rm_look_like_those_of_a_directory(nodes: list[RegistryDaemon]) -
         check_same(*command)
     assert "linux/amd64, linux/arm64" in run_command(second, "ls", "acme/*").stdout
     check_same("ls", "acme/ap", status=4)
+    for name in ("acme/app:both", f"acme/app@{arm.digest}", "acme/app:none", "acme/app"):
+        check_same("why", name)
+    assert arm.layers[0].digest[:15] in check_same("why", "acme/app:both")
     amd = index.children[0].digest
     assert "acme/app:both needs" in check_same("rm", f"acme/app@{amd}", status=7)
     check_same("rm", "--force", f"acme/app@{amd}")
