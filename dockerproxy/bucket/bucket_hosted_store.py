@@ -220,7 +220,7 @@ class BucketHostedStore:
         """Return whether the repository has the manifest, and its media type if we know it."""
         link, content = await gather(
             (
-                self._bucket.get(key, _MAX_LINK)
+                self._bucket.read_start(key, _MAX_LINK)
                 for key in (keys.manifest_key(repository, digest), keys.media_type_key(repository, digest))
             ),
             2,
@@ -228,7 +228,7 @@ class BucketHostedStore:
         return link is not None, _parse_media_type(content)
 
     async def _tag(self, repository: Repository, tag: str) -> Digest | None:
-        content = await self._bucket.get(keys.tag_key(repository, tag), _MAX_LINK)
+        content = await self._bucket.read_start(keys.tag_key(repository, tag), _MAX_LINK)
         return None if content is None else _parse_link(content)
 
     async def commit_manifest(
@@ -284,7 +284,7 @@ class BucketHostedStore:
     async def _unlink_manifests(self, repository: Repository, digests: Sequence[Digest]) -> None:
         """Remove manifests that have no tag any more."""
         subjects = await gather(
-            (self._bucket.get(keys.subject_key(repository, digest), _MAX_LINK) for digest in digests), _AT_ONCE
+            (self._bucket.read_start(keys.subject_key(repository, digest), _MAX_LINK) for digest in digests), _AT_ONCE
         )
         await self._delete([keys.manifest_key(repository, digest) for digest in digests])
         beside: list[str] = []
@@ -351,7 +351,9 @@ class BucketHostedStore:
 
     async def _children(self, repository: Repository, digest: Digest) -> tuple[Digest, ...]:
         """Return the manifests that an index refers to."""
-        media_type = _parse_media_type(await self._bucket.get(keys.media_type_key(repository, digest), _MAX_LINK))
+        media_type = _parse_media_type(
+            await self._bucket.read_start(keys.media_type_key(repository, digest), _MAX_LINK)
+        )
         if media_type is not None and media_type.lower() in KNOWN_TYPES and media_type.lower() not in INDEX_TYPES:
             return ()  # most are images, which need not be read
         content = await self._reads.read_manifest(digest)
@@ -412,7 +414,11 @@ class BucketHostedStore:
         if digest is None:
             return None
         link, content = await gather(
-            (self._bucket.get(key, _MAX_DESCRIPTOR) for key in (keys.manifest_key(repository, digest), entry.key)), 2
+            (
+                self._bucket.read_start(key, _MAX_DESCRIPTOR)
+                for key in (keys.manifest_key(repository, digest), entry.key)
+            ),
+            2,
         )
         return None if link is None or content is None else matching_descriptor(content, artifact_type)
 
@@ -449,7 +455,9 @@ class BucketHostedStore:
         content = await self._reads.read_manifest(digest)
         if content is None:
             return
-        media_type = _parse_media_type(await self._bucket.get(keys.media_type_key(repository, digest), _MAX_LINK))
+        media_type = _parse_media_type(
+            await self._bucket.read_start(keys.media_type_key(repository, digest), _MAX_LINK)
+        )
         detected, referrer = await self._parser.parse(_read_referrer, content, media_type, digest)
         await self._writer.write_notes(repository, digest, detected, referrer)
 

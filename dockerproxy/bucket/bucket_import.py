@@ -234,7 +234,7 @@ class BucketTarget:
         """Push a manifest that is there again, now with a tag: so gc learns of it."""
         bucket = self._manifests.bucket
         content = await bucket.get(keys.blob_key(digest), MAX_MANIFEST)
-        media_type = await bucket.get(keys.media_type_key(repository, digest), _MAX_TYPE)
+        media_type = await bucket.read_start(keys.media_type_key(repository, digest), _MAX_TYPE)
         manifest = _parse(content or b"", digest, (media_type or b"").decode("latin-1"))
         await self._commit(repository, manifest, tag)
 

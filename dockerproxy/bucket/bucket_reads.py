@@ -122,7 +122,7 @@ class BucketReads:
         content = await self.read_cached_manifest(digest)
         if content is not None:
             return content
-        content = await self._bucket.get(blob_key(digest), MAX_MANIFEST)
+        content = await self._bucket.read_start(blob_key(digest), MAX_MANIFEST + 1)
         if content is None:
             return None
         if Digest.of(content, digest.algorithm) != digest:

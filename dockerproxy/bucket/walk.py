@@ -120,7 +120,7 @@ async def read_tags(bucket: S3Bucket, name: Repository, tags: Iterable[Tag]) -> 
     """Return the manifests of tags. A torn link has None, and a tag that is not there is left out."""
 
     async def read(tag: Tag) -> tuple[Tag, bytes | None]:
-        return tag, await bucket.get(keys.tag_key(name, tag), _MAX_LINK)
+        return tag, await bucket.read_start(keys.tag_key(name, tag), _MAX_LINK)
 
     found = await gather((read(tag) for tag in tags), AT_ONCE)
     return {tag: _parse_link(content) for tag, content in found if content is not None}
@@ -133,7 +133,7 @@ async def read_references(bucket: S3Bucket, repository: ListedRepository, text: 
     try:
         content = await bucket.get(keys.blob_key(digest), MAX_MANIFEST)
         if "media-type" in repository.notes.get(text, ()):
-            media_type = await bucket.get(keys.media_type_key(repository.name, digest), _MAX_LINK)
+            media_type = await bucket.read_start(keys.media_type_key(repository.name, digest), _MAX_LINK)
     except StoreRefused as error:
         raise ManifestUnreadable(f"the manifest {digest} cannot be read ({error.message})") from None
     if content is None:

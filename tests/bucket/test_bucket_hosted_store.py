@@ -272,6 +272,28 @@ class TestBucketHostedStore(HostedStoreSuite):
         with pytest.raises(Exception, match="does not match"):
             self.run(read())
 
+    @pytest.mark.parametrize("content", [b"", b"torn", b"x" * (5 << 20)], ids=["empty", "torn", "long"])
+    def test_what_others_have_written_spoils_nothing_else(
+        self, store: HostedStore, other: HostedStore, fake: FakeStore, content: bytes
+    ) -> None:
+        digest, torn = self.push_image(store, "seed", "v1", "v2"), self.push_image(store, "other", "v3")
+        subject = Digest.of(b"a subject")
+        referrer = self.push_image(store, "referrer", subject=subject)
+        fake.store(f"site/{keys.tag_key(APP, 'v2')}", content)
+        fake.store(f"site/{keys.blob_key(torn)}", content)
+        for key in (keys.media_type_key(APP, digest), keys.subject_key(APP, digest), keys.manifest_key(APP, digest)):
+            fake.store(f"site/{key}", content)
+        for node in (store, other):
+            assert self.tags(node) == ["v1", "v2", "v3"]
+            assert self.run(node.manifest(APP, parse_tag("v2"))) is None
+            found = self.run(node.manifest(APP, parse_tag("v1")))
+            assert found is not None and found.digest == digest
+            assert self.referrers(node, subject) == [str(referrer)]
+        assert self.run(other.manifest(APP, parse_tag("v3"))) is None
+        assert self.run(other.remove_tag(APP, parse_tag("v2")))
+        assert self.run(other.remove_manifest(APP, digest))
+        assert self.tags(other) == ["v3"]
+
     def test_a_push_replaces_damaged_content(self, store: HostedStore, other: HostedStore, fake: FakeStore) -> None:
         """Also if it has the right size, of which the store can tell us nothing."""
         blob = self.push_blob(store, b"seed")

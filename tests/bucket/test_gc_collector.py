@@ -179,7 +179,9 @@ def test_nothing_of_a_repository_goes_if_a_manifest_cannot_be_read(
     assert not world.has_content(elsewhere)
 
 
-@pytest.mark.parametrize("link", [b"torn", str(Digest.of(b"nothing")).encode()], ids=["torn", "missing"])
+@pytest.mark.parametrize(
+    "link", [b"torn", b"", b"x" * 5000, str(Digest.of(b"nothing")).encode()], ids=["torn", "empty", "long", "missing"]
+)
 def test_a_tag_that_leads_nowhere(world: World, link: bytes) -> None:
     put_image(world, b"image", V1)
     waste = world.put_blob(b"waste")
