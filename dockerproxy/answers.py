@@ -18,7 +18,7 @@ from dockerproxy.admin.overview import Document, OverviewSources
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.admin.sessions import Sessions
 from dockerproxy.admin.viewer import Viewer
-from dockerproxy.app import ProxyServer, SharedServices, build_freshness
+from dockerproxy.app import ProxyServer, build_freshness
 from dockerproxy.cache.access import Access
 from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.concurrency import FirstUse
@@ -29,6 +29,7 @@ from dockerproxy.doctor.findings import OK, public_report
 from dockerproxy.http.request import Request
 from dockerproxy.registry.principal import Principal
 from dockerproxy.settings import Settings
+from dockerproxy.shared_services import SharedServices
 from dockerproxy.store.disk_access import DiskAccess
 from dockerproxy.store.pull_history import PullHistory
 from dockerproxy.store.state_directory import StateDirectory

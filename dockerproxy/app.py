@@ -6,48 +6,38 @@ import os
 import re
 import resource
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from attrs import asdict, evolve, field, frozen
+from attrs import evolve, frozen
 from twisted.application.internet import TimerService
-from twisted.internet.defer import Deferred, TimeoutError
 
-from dockerproxy import __version__
 from dockerproxy.admin.api import API_PREFIX
 from dockerproxy.admin.builtin_endpoints import builtin_endpoints, handle_ready
-from dockerproxy.admin.overview import Overview
-from dockerproxy.admin.page_desk import PageDeskClient
-from dockerproxy.cache.board import Board, BoardPart
 from dockerproxy.cache.composition import CacheParts, CachePolicy, CacheServices, compose_cache
 from dockerproxy.cache.downloads import DownloadLimits
 from dockerproxy.cache.freshness import Freshness
-from dockerproxy.cache.identity import Bindings
 from dockerproxy.cache.pullthrough import PullThrough
-from dockerproxy.cache.rate_limits import stored_limits
-from dockerproxy.cache.space import CacheSpace, FileCounter
-from dockerproxy.concurrency import KeyedLock, LocalKeyedLock, fair_threads, in_thread
-from dockerproxy.daemon.accesslog import AccessLog
+from dockerproxy.cache.space import FileCounter
+from dockerproxy.concurrency import fair_threads, in_thread
 from dockerproxy.daemon.listener_service import Listener
 from dockerproxy.daemon.metrics import DOWNLOADS, TUNNELS, Metrics
 from dockerproxy.daemon.transfers import Transfers
-from dockerproxy.errors import RegistryError
 from dockerproxy.http.channel import Handler
 from dockerproxy.http.cross_origin import CrossOriginProtection
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site, SiteBudgets
 from dockerproxy.http.tls import ServerContext
 from dockerproxy.http.tunnel import Tunnels, TunnelTimeouts
+from dockerproxy.metering import RegistryMeter, count_and_log, handle_metrics
 from dockerproxy.net.dial import AddressCheck, Dialer
 from dockerproxy.net.local_names import LocalNames
 from dockerproxy.net.own_addresses import is_own_address
 from dockerproxy.net.parent_circles import ParentCircles
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
-from dockerproxy.oci.names import Host, Registry
-from dockerproxy.oci.routes import kind_of
+from dockerproxy.oci.names import Host
 from dockerproxy.page.door import Place
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
@@ -69,19 +59,18 @@ from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
 from dockerproxy.registry.namespaces import NamespacedRegistries
-from dockerproxy.registry.pull_gatherer import PullGatherer, Row
+from dockerproxy.registry.pull_gatherer import PullGatherer
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
 from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.shared_services import SharedServices
 from dockerproxy.shares import Bound, ClientShares
 from dockerproxy.store.disk_access import DiskAccess, LocalDisk, NetworkDisk
 from dockerproxy.store.disk_reserve import DiskReserve
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.local_hosted_store import LocalHostedStore
-from dockerproxy.store.quarantine import count_damaged
 from dockerproxy.store.state_directory import StateDirectory
-from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.store.tree_reader import TreeReader
 from dockerproxy.store.uploads import UploadLimits
 from dockerproxy.store.write_probe import StoreProbe, probe_directory
@@ -90,10 +79,9 @@ from dockerproxy.upstream.agent import Agent
 from dockerproxy.upstream.agent import UpstreamTimeouts as UpstreamTimeouts
 from dockerproxy.upstream.authorizer import Authorizer
 from dockerproxy.upstream.client import UpstreamClient
-from dockerproxy.upstream.login_provider import LoginProvider
 from dockerproxy.upstream.metered_agent import MeteredAgent
 from dockerproxy.upstream.metered_client import MeteredClient
-from dockerproxy.upstream.shared_logins import OnLoginChanged, SharedLogins
+from dockerproxy.upstream.shared_logins import SharedLogins
 from dockerproxy.upstream.silent_servers import SilentServers
 from dockerproxy.upstream.tls import ClientContext
 from dockerproxy.viewing import Viewing, build_viewing
@@ -110,7 +98,6 @@ _HELD_PART = 8
 
 _SAMPLE_INTERVAL = 1.0  # seconds between two samples of the gauges
 _MAX_REPORTED = 200  # downloads in a report
-_METRICS_DISK_TIMEOUT = 2.0  # seconds; Prometheus waits for 10 in all
 
 _PASSWORD_PRIORITY = 10
 """Nice value of threads that hash passwords: other work goes first, because anyone can send wrong passwords."""
@@ -118,44 +105,6 @@ _PASSWORD_PRIORITY = 10
 
 OnRequestFinished = Callable[[Request, float], None]
 """Callback for a finished request, with its duration in seconds."""
-
-
-DoctorReport = Callable[[bool], Awaitable[dict[str, Any]]]
-"""Returns the report of the doctor; True asks for a quick one. Raises `ServiceOverloaded`."""
-
-
-@frozen
-class SharedServices:
-    """The state and the services that all processes of the daemon share.
-
-    `metrics` counts the requests of this process and renders the sum over all processes. `report_login` is told of
-    logins that are refused, `report_pull` of GETs of manifests, and `report_refusal` of the addresses of clients that
-    refuse our certificate. `logins` has the logins of credential helpers. `silent_servers` remembers servers that do
-    not answer. `board` shows the downloads of all processes, `board_part` those of this one, and `overview` answers the
-    questions of the page and the API. `page_desk` has the page's sessions and does the actions of administrators.
-    `doctor_report` asks the doctor. `upstream_tls` is for connections to registries. `bindings` maps issued tokens to
-    the clients they were issued to. `multi_process` is true if the daemon has several processes.
-    """
-
-    state: StateDirectory
-    cache_space: CacheSpace
-    metrics: Metrics
-    report_login: OnLoginChanged
-    report_pull: Callable[[str, str], None]
-    report_refusal: Callable[[str], None]
-    logins: LoginProvider
-    record_pulls: Callable[[list[Row]], object]
-    silent_servers: SilentServers
-    tombstones: Tombstones
-    board: Board
-    board_part: BoardPart
-    overview: Overview
-    page_desk: PageDeskClient
-    doctor_report: DoctorReport
-    upstream_tls: ClientContext
-    locks: KeyedLock = field(factory=LocalKeyedLock)
-    bindings: Bindings = field(factory=Bindings)
-    multi_process: bool = False
 
 
 @frozen
@@ -912,147 +861,4 @@ def build_site(
         get_tls_context=tls,
         budgets=budgets,
         on_certificate_refused=on_refused,
-    )
-
-
-async def handle_metrics(
-    reactor: Any,
-    shared: SharedServices,
-    authority: CertificateAuthority,
-    registry_disk: DiskAccess,
-    requests: ClientShares,
-    request: Request,
-) -> None:
-    """Respond with the metrics of all processes, in the format that the client prefers.
-
-    `requests` bounds how many are made and sent at a time, because each takes milliseconds and its own memory. Raise
-    the errors of `ClientShares`.
-    """
-    requests.acquire(request.client)
-    try:
-        used, limit = await shared.cache_space.usage()
-        measured = {
-            "cache_bytes": used,
-            "cache_limit_bytes": limit,
-            "certificate_expiry_timestamp_seconds": authority.expires_at,
-        }
-        if (idle := shared.tombstones.last_idle) is not None:
-            measured["cache_evicted_idle_seconds"] = idle
-        disks: dict[str, os.statvfs_result] = {}
-        damaged: dict[str, int] = {}
-        with suppress(OSError):  # the other numbers are needed most on a bad day
-            disks["cached"] = await in_thread(reactor, os.statvfs, shared.state.cache.root)
-            damaged["cached"] = await in_thread(reactor, count_damaged, shared.state.cache)
-        hosted = Deferred.fromCoroutine(registry_disk.read(os.statvfs, shared.state.registry.root))
-        with suppress(OSError, RegistryError, TimeoutError):  # it may be on a server that does not answer
-            disks["hosted"] = await hosted.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
-        if "hosted" in disks:
-            listing = Deferred.fromCoroutine(registry_disk.read(count_damaged, shared.state.registry))
-            with suppress(OSError, RegistryError, TimeoutError):
-                damaged["hosted"] = await listing.addTimeout(_METRICS_DISK_TIMEOUT, reactor)
-        accept = request.headers.get("accept") or ""
-        content_type, content = await in_thread(reactor, _render_metrics, shared, measured, disks, damaged, accept)
-        fields = [("Content-Type", content_type), ("Cache-Control", "no-store")]
-        await request.respond_long(200, fields, content)
-    finally:
-        requests.release(request.client)
-
-
-def _render_metrics(
-    shared: SharedServices,
-    measured: Mapping[str, float],
-    disks: Mapping[str, os.statvfs_result],
-    damaged: Mapping[str, int],
-    accept: str,
-) -> tuple[str, bytes]:
-    # Loaded in a thread, and only if somebody asks for metrics.
-    from dockerproxy.admin.operations import OperationHistory
-    from dockerproxy.daemon.exposition import (
-        ANONYMOUS,
-        CONFIGURED,
-        damaged_gauge,
-        measured_gauges,
-        operation_gauge,
-        rate_limit_gauges,
-        render,
-    )
-    from dockerproxy.daemon.processes import ProcessUsage
-
-    # A wildcard has any number of hosts, and says nothing about them to those who read the metrics.
-    # If there were several logins, it is the one that was used last. Everybody may read the metrics, so it has no name.
-    limits: dict[tuple[str, str], dict[str, Any]] = {}
-    records, ends = shared.state.open_records(), dict[str, float]()
-    with suppress(OSError):
-        stored = sorted(stored_limits(records, time.time()), key=lambda limit: limit[1].seen)
-        limits = {
-            (registry_label(registry), ANONYMOUS if limit.login is None else CONFIGURED): asdict(limit)
-            for registry, limit in stored
-            if registry_label(registry) in shared.metrics.registries
-        }
-        ends = OperationHistory(records).last_successes()
-    gauges = (
-        *measured_gauges(__version__, measured, disks), *rate_limit_gauges(limits), damaged_gauge(damaged),
-        operation_gauge(ends),
-    )  # fmt: skip
-    usage = ProcessUsage.read(shared.metrics.process_ids)
-    return render(shared.metrics, gauges, accept, usage, shared.metrics.started_at)
-
-
-@frozen
-class RegistryMeter:
-    """Counts what registries do in the metrics, by the names that people write."""
-
-    metrics: Metrics
-
-    def count_upstream(self, registry: Registry, path: str, method: str, status: int, seconds: float) -> None:
-        self.metrics.count_upstream(registry_label(registry), kind_of(path), method, status, seconds)
-        if status == 429:
-            self.metrics.count_rate_limited(registry_label(registry), "registry")
-
-    def count_failure(self, registry: Registry, reason: str) -> None:
-        self.metrics.count_failure(registry_label(registry), reason)
-
-    def count_received(self, registry: Registry, size: int) -> None:
-        self.metrics.count_received(registry_label(registry), size)
-
-    def count_token_request(self, server: Registry, method: str, status: int) -> None:
-        self.metrics.count_token_request(registry_label(server), method, status)
-
-    def count_token_failure(self, server: Registry, reason: str) -> None:
-        self.metrics.count_token_failure(registry_label(server), reason)
-
-    def count_rate_limited(self, registry: Registry) -> None:
-        """Count a pull that was refused here, because `registry` refuses more."""
-        self.metrics.count_rate_limited(registry_label(registry), "proxy")
-
-
-_access_log = AccessLog()
-
-
-def count_and_log(metrics: Metrics, pulls: PullGatherer | None, request: Request, seconds: float) -> None:
-    """Count a finished request in the metrics, gather it if it is part of a pull, and log it."""
-    if request.because and request.status >= 400:
-        metrics.count_refusal(request.because)
-    metrics.count_request(
-        request.registry, request.kind, request.cache_status, request.status, request.bytes_sent, request.latency
-    )
-    if pulls is not None:
-        pulls.note(request)
-    log_access(request, seconds)
-
-
-def log_access(request: Request, seconds: float) -> None:
-    """Write the access log line of a finished request."""
-    _access_log.record(
-        request.client,
-        request.method,
-        request.host,
-        request.path,
-        request.status,
-        request.bytes_sent,
-        seconds,
-        request.cache_status,
-        request.user or request.proxy_user,
-        request.user_agent,
-        request.because,
     )

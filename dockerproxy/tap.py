@@ -41,11 +41,9 @@ from dockerproxy.answers import (
 )
 from dockerproxy.app import (
     ProxyServer,
-    SharedServices,
     build_server,
     build_silent_servers,
     build_site,
-    log_access,
     open_certificates,
     open_upstream_tls,
     proxy_port,
@@ -70,6 +68,7 @@ from dockerproxy.daemon.refusing_clients import RefusingClients
 from dockerproxy.daemon.signals import DebugSignalService, on_repeated_stop
 from dockerproxy.daemon.systemd import Notifier, SystemdService
 from dockerproxy.doctor.doctor import DOCTOR_THREADS, Doctor, DoctorSettings, DoctorSources
+from dockerproxy.metering import log_access
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import registry_label
 from dockerproxy.proxy.authority import AuthorityError, CertificateAuthority
@@ -78,6 +77,7 @@ from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.registry.principal import Principal
 from dockerproxy.reload import Configuration, Reloader, describe_error, reloadable_variables, settings_in_force
 from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.shared_services import SharedServices
 from dockerproxy.store.blobs import Blobs
 from dockerproxy.store.directory_owner import DirectoryInUse, DirectoryOwner, OwnerService
 from dockerproxy.store.journal import BackgroundJournal

@@ -22,11 +22,11 @@ from dockerproxy.registry.audit import AuditLog
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.principal import Principal
 from dockerproxy.settings import Settings
+from dockerproxy.shared_services import DoctorReport, SharedServices
 from dockerproxy.shares import Bound, ClientShares
 
 if TYPE_CHECKING:
     from dockerproxy.admin.live import LiveFeed
-    from dockerproxy.app import DoctorReport, SharedServices
     from dockerproxy.page.site import BrowserPage
 
 

@@ -61,6 +61,8 @@ ALLOWED = {
 COMPOSITION_ROOTS = {
     "tap",
     "app",
+    "metering",
+    "shared_services",
     "viewing",
     "bucket_operations",
     "answers",

@@ -16,7 +16,7 @@ from twisted.logger import Logger, globalLogPublisher
 
 from dockerproxy.admin.overview import Overview
 from dockerproxy.admin.page_desk import PageDeskClient
-from dockerproxy.app import SharedServices, build_server, build_silent_servers, raise_descriptor_limit
+from dockerproxy.app import build_server, build_silent_servers, raise_descriptor_limit
 from dockerproxy.cache.board import Board
 from dockerproxy.cache.identity import Bindings
 from dockerproxy.concurrency import use_monotonic_clock
@@ -29,6 +29,7 @@ from dockerproxy.proxy.certificates import Certificates
 from dockerproxy.registry.htpasswd import HtpasswdError
 from dockerproxy.reload import Configuration, describe_error
 from dockerproxy.settings import Settings, SettingsError
+from dockerproxy.shared_services import SharedServices
 from dockerproxy.store.state_directory import StateDirectory
 from dockerproxy.store.tombstones import Tombstones
 from dockerproxy.upstream.silent_servers import SilentServers

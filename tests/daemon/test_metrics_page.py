@@ -10,12 +10,12 @@ import pytest
 from attrs import define, field
 from twisted.internet.defer import Deferred
 
-from dockerproxy.app import handle_metrics
 from dockerproxy.cache.identity import PUBLIC
 from dockerproxy.cache.rate_limits import RateLimits
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.errors import TooManyRequests
 from dockerproxy.http.headers import Headers
+from dockerproxy.metering import handle_metrics
 from dockerproxy.oci.names import Registry
 from dockerproxy.shares import ClientShares
 from dockerproxy.store.layout import Layout
