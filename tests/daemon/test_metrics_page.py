@@ -58,12 +58,14 @@ class Page:
     reactor: SteppedReactor = field(factory=SteppedReactor)
     disk: FakeDisk = field(factory=FakeDisk)
     requests: ClientShares = field(factory=lambda: ClientShares("requests for /metrics", limit=3, share=2))
+    connected: list[FakeRequest] = field(factory=list)  # or the collector would end a handler that waits for its client
 
     @property
     def records(self) -> Records:
         return Records(self.root / "records")
 
     def get(self, request: FakeRequest) -> list[Any]:
+        self.connected.append(request)
         store = Layout(self.root)
         state = SimpleNamespace(cache=store, registry=store, open_records=lambda: self.records)
         metrics, tombstones = Metrics.make(1, ["quay.io"]), Tombstones()
