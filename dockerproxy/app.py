@@ -38,7 +38,7 @@ from dockerproxy.net.parent_circles import ParentCircles
 from dockerproxy.net.resolver import NameResolver
 from dockerproxy.oci.docker_hub import DOCKER_HUB, registry_label
 from dockerproxy.oci.names import Host
-from dockerproxy.page.door import Place
+from dockerproxy.page.place import Place
 from dockerproxy.proxy.authority import CertificateAuthority
 from dockerproxy.proxy.certificate_file import CertificateFile
 from dockerproxy.proxy.certificates import Certificates

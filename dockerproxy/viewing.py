@@ -15,7 +15,8 @@ from dockerproxy.concurrency import FirstUse
 from dockerproxy.daemon.metrics import Metrics
 from dockerproxy.doctor.findings import public_report
 from dockerproxy.http.request import Request
-from dockerproxy.page.door import PageDoor, Place
+from dockerproxy.page.door import PageDoor
+from dockerproxy.page.place import Place
 from dockerproxy.page.sign_in import SignIn
 from dockerproxy.registry.access_control import AccessControl
 from dockerproxy.registry.audit import AuditLog

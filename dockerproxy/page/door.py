@@ -28,20 +28,6 @@ TLS_PAGE_FIELDS = f"{PAGE_FIELDS}Cross-Origin-Opener-Policy: same-origin\r\n"
 """The same over TLS. Without it, browsers ignore the last one, and report each page as an error (HTML, 7.1.3)."""
 
 
-@frozen
-class Place:
-    """Where this server is reached.
-
-    `proxy_port` is that of the proxy without TLS, `tls_port` one with TLS, None if there is none. `name` is the
-    server's own if a request has none. `ca_fingerprint` is the SHA-256 of the CA's certificate.
-    """
-
-    name: str
-    proxy_port: int
-    tls_port: int | None
-    ca_fingerprint: str
-
-
 @frozen(eq=False)
 class PageDoor:
     """Handles the requests for the page of one port."""

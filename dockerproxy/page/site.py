@@ -21,7 +21,7 @@ from dockerproxy.oci.names import Host
 from dockerproxy.oci.routes import parse_query
 from dockerproxy.page import views
 from dockerproxy.page.charts import traffic_chart
-from dockerproxy.page.door import Place
+from dockerproxy.page.place import Place
 from dockerproxy.page.rendering import assets, render
 from dockerproxy.page.setups import engines
 from dockerproxy.page.sign_in import (

@@ -24,7 +24,8 @@ from dockerproxy.errors import NameUnknown
 from dockerproxy.http.request import Request
 from dockerproxy.http.site import ServerTimeouts, Site
 from dockerproxy.oci.credentials import BasicCredentials
-from dockerproxy.page.door import PageDoor, Place
+from dockerproxy.page.door import PageDoor
+from dockerproxy.page.place import Place
 from dockerproxy.page.sign_in import SignIn
 from dockerproxy.page.site import BrowserPage
 from dockerproxy.registry.principal import Principal
