@@ -73,6 +73,7 @@ class Explainer:
         document = {
             "name": name,
             "where": ref.store.kind,
+            "known": ref.store.has_repository(ref.repository),
             "tag": tag,
             "digest": None if digest is None else str(digest),
             "platform": platform,
@@ -181,15 +182,17 @@ class Explainer:
 
     def _explain_readers(self, repository: str, registry: str, digest: Digest | None, now: float) -> Document:
         """Return for whom the content is: everybody, or those whose login the registry accepts."""
-        is_public = True
+        is_public, is_private = True, False
         if digest is not None:
             visibility = self.cache.links.manifest_visibility(repository, digest)
-            is_public = visibility is Visibility.PUBLIC
+            is_public, is_private = visibility is Visibility.PUBLIC, visibility is Visibility.PRIVATE
         state = self.access.state(repository, PUBLIC, public=is_public)
         at = (self.records.get(GRANT, repository, PUBLIC) or {}).get("at")
         granted_at = at if is_public and state is not AccessState.UNKNOWN and isinstance(at, int | float) else None
-        if granted_at is None:
+        if granted_at is None and is_private:
             sentence = f"logins: {registry} is asked about each of them"
+        elif granted_at is None:
+            sentence = f"clients that {registry} admits: it is asked about each of them"
         elif state is AccessState.GRANTED:
             sentence = f"everybody: {registry} said so to a request without a login"
         else:

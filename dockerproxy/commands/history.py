@@ -23,7 +23,7 @@ def why(client: ControlClient, options: argparse.Namespace, terminal: Terminal) 
     if terminal.as_json:
         print_line(json.dumps(result))
         return 0
-    print_line(f"{result['name']} ({result['where']})")
+    print_line(f"{result['name']} ({result['where'] if result['known'] else 'nothing of it is here'})")
     print_line("")
     print_line("Now:")
     for line in _now(result):
@@ -69,6 +69,9 @@ def print_rows(rows: list[Document], *, with_repository: bool = False) -> None:
 
 def _now(result: Document) -> list[str]:
     lines = []
+    if not result["tags"] and not result["contents"] and result["readers"] is not None:
+        registry = result["name"].partition("/")[0]
+        lines.append(f"no tag of it is known here: {registry} is asked by GET, which counts as a pull")
     for tag in result["tags"]:
         asked = "" if tag.get("asked") is None else f" (asked {format_ago(tag['asked'])})"
         fresh = "" if tag.get("fresh_until") is None else f" until {_clock_time(tag['fresh_until'])}"

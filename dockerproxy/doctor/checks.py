@@ -124,7 +124,7 @@ def check_registries(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]
         name = facts.name
         if facts.error:
             sentence = f"{name} does not answer: {facts.error}"
-            yield Diagnosis("registry", name, BAD, sentence, _registry_advice(facts.error), is_public=True)
+            yield Diagnosis("registry", name, BAD, sentence, _registry_advice(facts.error, name), is_public=True)
         elif facts.problem:
             advice = "Is there a firewall or captive portal in between? Open its address in a browser here."
             yield Diagnosis("registry", name, WARN, f"{name} answers, but {facts.problem}", advice, is_public=True)
@@ -134,12 +134,15 @@ def check_registries(registries: Iterable[RegistryFacts]) -> Iterator[Diagnosis]
             yield Diagnosis("registry", name, OK, sentence, is_public=True)
 
 
-def _registry_advice(error: str) -> str:
+def _registry_advice(error: str, name: str) -> str:
     cached = "Cached images are still served."
     if "certificate" in error:
         return f"If a proxy of your network decrypts TLS, its CA belongs in UPSTREAM_CA_FILE. {cached}"
     if "no such name" in error:
-        return f"Is the name in REGISTRIES right, and does this machine's name server answer? {cached}"
+        question = "Does this machine's name server answer"
+        if name != "docker.io":  # which is served without an entry
+            question += ", and is the name in REGISTRIES right"
+        return f"{question}? {cached}"
     return f"Does a firewall forbid the connection, or does it need another proxy (UPSTREAM_PROXY)? {cached}"
 
 
@@ -149,7 +152,7 @@ def check_states(states: Iterable[Mapping[str, Any]], now: float) -> Iterator[Di
         stale = f"; {_count(state['stale'], 'stale answer')}" if state["stale"] else ""
         since = f" since {format_time(state['since'])} ({format_seconds(now - state['since'])}{stale})"
         sentence = f"{state['registry']} does not answer: {state['reason']}{since}"
-        advice = _registry_advice(state["reason"])
+        advice = _registry_advice(state["reason"], state["registry"])
         yield Diagnosis("registry", state["registry"], BAD, sentence, advice, is_public=True)
 
 

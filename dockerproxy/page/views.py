@@ -138,7 +138,7 @@ def _registry_state(document: Document, is_hosted: bool) -> tuple[str, str]:
         return "bad", "does not answer"
     if document["problem"]:
         return "warn", "warning"
-    return "ok", "answers" if document["up"] else "not asked yet"
+    return ("ok", "answers") if document["up"] else ("idle", "not asked yet")
 
 
 def transfers(documents: Sequence[Document], now: float) -> dict[str, Any]:

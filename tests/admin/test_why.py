@@ -12,11 +12,13 @@ from dockerproxy.admin import why
 from dockerproxy.admin.resolver import CACHED, HOSTED, ImageResolver, StoreView
 from dockerproxy.admin.why import Explainer
 from dockerproxy.bucket import keys
+from dockerproxy.cache.access import Access
 from dockerproxy.errors import StoreUnavailable
 from dockerproxy.oci.names import Digest
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from dockerproxy.store.pull_history import PullHistory
+from dockerproxy.store.records import Records
 from dockerproxy.store.tombstones import Tombstones
 from tests.bucket.support.trees import bucket_view, fail_after, make_store, upload_tree
 from tests.store.support.images import ManifestTree, image, index, put_image
@@ -103,3 +105,17 @@ def test_what_is_cached_is_explained_while_the_bucket_does_not_answer(tmp_path: 
     assert harness.explainer._find("quay.io/team/app", "1", None).name == "quay.io/team/app"
     with pytest.raises(StoreUnavailable, match="SlowDown"):
         harness.explainer.explain("app:1")
+
+
+def test_who_may_read_what_was_never_pulled_is_not_known(tmp_path: Path) -> None:
+    harness = Harness(tmp_path)
+    put_image(harness.cache, "quay.io/team/app", image(b"config", b"layer"), "1")
+    explainer, quay = harness.explainer, "quay.io/team/app"
+    object.__setattr__(explainer, "access", Access(Records(tmp_path / "records"), lambda: NOW))
+    object.__setattr__(explainer, "records", Records(tmp_path / "records"))
+    known = explainer.cache.links.manifests(quay)
+    sentences = [
+        explainer._explain_readers(quay, "quay.io", digest, NOW)["sentence"]
+        for digest in (None, *known, Digest.of(b"unknown"))
+    ]
+    assert sentences == ["clients that quay.io admits: it is asked about each of them"] * 3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dockerproxy.commands.history import print_rows
+from dockerproxy.commands.history import print_rows, why
 
 ROW: dict[str, Any] = {
     "time": "2027-01-15T08:00:00Z", "client": "192.0.2.1", "user": None, "user_agent": None, "where": "cached",
@@ -42,3 +44,17 @@ def test_a_strangers_text_is_printable(name: str, capsys: pytest.CaptureFixture[
     output = capsys.readouterr().out
     assert len(output.splitlines()) == 2
     assert all(character.isprintable() or character == "\n" for character in output)
+
+
+def test_an_image_that_nobody_has_pulled(capsys: pytest.CaptureFixture[str]) -> None:
+    readers = {"public": False, "at": None, "sentence": "clients that docker.io admits: it is asked about each of them"}
+    answer = {
+        "name": "docker.io/library/nginx", "where": "cached", "known": False, "tags": [], "contents": [],
+        "refused_until": None, "readers": readers, "pulls": {"pulls": 0, "hosts": 0, "days": 30}, "happened": [],
+    }  # fmt: skip
+    client: Any = SimpleNamespace(call=lambda *_: answer)
+    terminal: Any = SimpleNamespace(as_json=False)
+    assert why(client, argparse.Namespace(name="nginx", platform=None), terminal) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "docker.io/library/nginx (nothing of it is here)"
+    assert "  no tag of it is known here: docker.io is asked by GET, which counts as a pull" in others

@@ -379,3 +379,11 @@ def test_a_bucket_that_ignores_conditions() -> None:
     assert (finding.level, finding.subject) == (WARN, "REGISTRY_STORE")
     assert "gc" in finding.sentence and "newer version" in finding.advice
     assert levels(checks.check_conditions(True)) == [OK]
+
+
+@pytest.mark.parametrize(("name", "asks"), [("docker.io", False), ("quay.io", True)])
+def test_an_unknown_name_is_one_of_registries(name: str, asks: bool) -> None:
+    """Docker Hub is served without an entry."""
+    (finding,) = checks.check_registries([RegistryFacts(name, error="no such name, DNS returned no address")])
+    assert "name server answer" in finding.advice
+    assert ("REGISTRIES" in finding.advice) is asks

@@ -13,6 +13,7 @@ import pytest
 
 from dockerproxy.admin.sessions import SESSION_LIFETIME, Session
 from dockerproxy.errors import NameUnknown, ServiceOverloaded
+from dockerproxy.page import views
 from dockerproxy.page.site import ACTIONS, own_path
 from tests.page.demo import PRIVATE, Demo
 from tests.registry.support.synchronous_reactor import SynchronousReactor
@@ -443,3 +444,16 @@ def test_members_of_the_fleet_are_on_the_page_of_registries(browser: Browser, de
     page = browser.get("/registries").body.decode()
     assert f"down: {hostile}" in check_page(page.encode()) and hostile not in page
     assert all(address in page for address in demo.overview.members)
+
+
+@pytest.mark.parametrize(
+    ("up", "problem", "state"),
+    [
+        (None, "", ("idle", "not asked yet")),
+        (True, "", ("ok", "answers")),
+        (True, "the login was refused", ("warn", "warning")),
+        (False, "", ("bad", "does not answer")),
+    ],
+)
+def test_only_a_registry_that_answers_is_green(up: bool | None, problem: str, state: tuple[str, str]) -> None:
+    assert views._registry_state({"up": up, "problem": problem}, is_hosted=False) == state
