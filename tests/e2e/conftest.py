@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.harness.ceph_store import CephRGW
 from tests.e2e.harness.client_factory import ClientFactory, ProcessGroup
 from tests.e2e.harness.daemon import StartDaemon, TwistdDaemon
+from tests.e2e.harness.object_store import ObjectStore
 from tests.e2e.harness.seaweedfs import SeaweedFS
 from tests.e2e.harness.upstreams import Upstreams
 
@@ -41,6 +42,13 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephRGW]:
     """Return another one, of a kind that heeds fewer conditions; skip the test if it is not installed."""
     with CephRGW(tmp_path_factory.mktemp("ceph")).run() as store:
         yield store
+
+
+@pytest.fixture(scope="module", params=["seaweedfs", "ceph"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    """Return each kind of object store in turn."""
+    store: ObjectStore = request.getfixturevalue(request.param)
+    return store
 
 
 @pytest.fixture(autouse=True)

@@ -26,12 +26,6 @@ from tests.e2e.harness.seaweedfs import SeaweedFS, SeaweedGateway
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", params=["seaweedfs", "ceph"])
-def store(request: pytest.FixtureRequest) -> ObjectStore:
-    store: ObjectStore = request.getfixturevalue(request.param)
-    return store
-
-
 @pytest.fixture
 def bucket(store: ObjectStore, request: pytest.FixtureRequest) -> str:
     name = request.node.name.removeprefix("test_").replace("_", "-").split("[")[0][:50]

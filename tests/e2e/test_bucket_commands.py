@@ -1,4 +1,4 @@
-"""`ls`, `rm`, `check` and `import` on a bucket of SeaweedFS: the same as on a directory, from any node."""
+"""`ls`, `rm`, `check` and `import` on a bucket: the same as on a directory, from any node."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from dockerproxy.oci.names import Digest
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
 from tests.e2e.harness import images
-from tests.e2e.harness.object_store import SECRET_KEY
+from tests.e2e.harness.object_store import SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
-from tests.e2e.harness.seaweedfs import SeaweedFS
 from tests.e2e.test_bucket import MIB, check_pull, get, push, run_command
 from tests.store.support.images import BOTH, ONE, image, put_image
 
@@ -29,16 +28,10 @@ BUCKET = "commands"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
-    with SeaweedFS(tmp_path_factory.mktemp("store")).run() as store:
-        store.make_bucket(BUCKET)
-        yield store
-
-
-@pytest.fixture(scope="module")
-def nodes(store: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RegistryDaemon]]:
+def nodes(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RegistryDaemon]]:
     """Return two nodes with a bucket, and a daemon with a directory."""
     folder = tmp_path_factory.mktemp("nodes")
+    store.make_bucket(BUCKET)
     first, second = (RegistryDaemon(folder / name, store.settings(BUCKET)) for name in ("first", "second"))
     local = RegistryDaemon(folder / "local", {})
     with first.run_and_check_log(lambda: [SECRET_KEY]), second.run_and_check_log(lambda: [SECRET_KEY]):
@@ -104,7 +97,7 @@ def test_ls_and_rm_look_like_those_of_a_directory(nodes: list[RegistryDaemon]) -
         assert [entry["target"] for entry in node.audit_entries("remove")] == [f"{name} (hosted)" for name in names]
 
 
-def test_check_finds_damage_and_a_push_mends_it(nodes: list[RegistryDaemon], store: SeaweedFS) -> None:
+def test_check_finds_damage_and_a_push_mends_it(nodes: list[RegistryDaemon], store: ObjectStore) -> None:
     first, second, _ = nodes
     pushed = push(first, "acme/checked", "v1", images.build_small_image("checked"))
     result = run_json(second, "check")

@@ -19,7 +19,7 @@ from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import check_output
 from tests.e2e.harness.http_client import BufferedResponse, DirectConnection, basic_authorization, request_directly
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
-from tests.e2e.harness.object_store import SECRET_KEY
+from tests.e2e.harness.object_store import SECRET_KEY, ObjectStore
 from tests.e2e.harness.process import require_programs
 from tests.e2e.harness.registry_daemon import USERS, RegistryDaemon, write_htpasswd, write_image_folder
 from tests.e2e.harness.seaweedfs import SeaweedFS
@@ -30,11 +30,11 @@ ALICE = {"Authorization": basic_authorization("alice", USERS["alice"])}
 
 
 @pytest.fixture(scope="module")
-def fleet(seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketFleet]:
+def fleet(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketFleet]:
     """Return nodes to which users may push, and from which everybody may pull."""
     folder = tmp_path_factory.mktemp("fleet")
     users = {"HTPASSWD_FILE": str(write_htpasswd(folder)), "ANONYMOUS_PULL": "true", "WORKERS": "2"}
-    with running_bucket_fleet(folder, 3, {**seaweedfs.settings(seaweedfs.make_bucket("fleet")), **users}) as fleet:
+    with running_bucket_fleet(folder, 3, {**store.settings(store.make_bucket("fleet")), **users}) as fleet:
         yield fleet
         for node in fleet.nodes:
             node.check_log(list(USERS.values()))

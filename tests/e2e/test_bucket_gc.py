@@ -32,12 +32,6 @@ BUCKET = "collected"
 WASTE = 300
 
 
-@pytest.fixture(scope="module", params=["seaweedfs", "ceph"])
-def store(request: pytest.FixtureRequest) -> ObjectStore:
-    store: ObjectStore = request.getfixturevalue(request.param)
-    return store
-
-
 @pytest.fixture
 def nodes(store: ObjectStore, tmp_path: Path) -> Iterator[list[RegistryDaemon]]:
     settings = store.settings(store.make_bucket(BUCKET))

@@ -43,6 +43,8 @@ pytestmark = pytest.mark.slow
 KIB = 1 << 10
 SECONDS = float(os.environ.get("BUCKET_KILLS", "6"))
 LAYERS = [TypedContent(OCI_LAYER, images.random_bytes(16 * KIB, f"kills, layer {number}")) for number in range(12)]
+# The longest pauses between kills, in seconds. A run of gc takes about 6, and some shall come to their end.
+NODE_PAUSE, STORE_PAUSE = (8, 12) if SECONDS > 60 else (2, 3)
 LIVE_IMAGES = 3  # so that most layers are garbage most of the time, and needed again a moment later
 
 TIME_SCALE = 0.01  # of all times of gc
@@ -261,7 +263,7 @@ def collect(pushes: Pushes, node: RegistryDaemon, choice: Random, *, kills: bool
             if collector is None:
                 time.sleep(0.05)
                 continue
-            pushes.ended.wait(4 * choice.random())
+            pushes.ended.wait(8 * choice.random())  # at any moment of its run
             with suppress(ProcessLookupError):
                 os.kill(collector, signal.SIGKILL)
                 pushes.killed["collectors"] += 1
@@ -327,11 +329,11 @@ def push_while_killing(
         running.append(pool.submit(pushes.delete_some, Random(4)))
         running.append(pool.submit(repeat_until_end, pushes, Random(1), 1, run_gc))
         if kills:
-            running.append(pool.submit(repeat_until_end, pushes, Random(2), 2, kill_nodes))
+            running.append(pool.submit(repeat_until_end, pushes, Random(2), NODE_PAUSE, kill_nodes))
         try:
             while is_going_on(running):
                 if kills and pushes.acknowledged.total() > known:
-                    pushes.ended.wait(3 * stores.random())
+                    pushes.ended.wait(STORE_PAUSE * stores.random())
                     kill_store(pushes, store, stores)
                     known = pushes.acknowledged.total()
                 pushes.ended.wait(0.1)

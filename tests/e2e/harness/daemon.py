@@ -88,9 +88,9 @@ class TwistdDaemon(BackgroundProcess):
         self.launch()
         self.finish_start()
 
-    def finish_start(self) -> None:
+    def finish_start(self, timeout: float = 20) -> None:
         """Wait until the daemon, which has been launched, is healthy, and download its CA."""
-        self.wait_until_ready(self._is_healthy)
+        self.wait_until_ready(self._is_healthy, timeout)
         response = request_directly("GET", self.url + "/ca.crt")
         assert response.status == 200
         self.ca_file.write_bytes(response.body)
@@ -177,11 +177,11 @@ def twistd_argv() -> list[str]:
     return [*program, "--nodaemon", "--pidfile="]
 
 
-def start_members(daemons: Sequence[TwistdDaemon], at_once: int = 8) -> None:
+def start_members(daemons: Sequence[TwistdDaemon], at_once: int = 4) -> None:
     """Start the members of a fleet: the first alone, because it creates the CA, and then several at the same time."""
     for begin in (0, *range(1, len(daemons), at_once)):
         batch = daemons[begin : begin + at_once] if begin else daemons[:1]
         for daemon in batch:
             daemon.launch()
         for daemon in batch:
-            daemon.finish_start()
+            daemon.finish_start(timeout=60)
