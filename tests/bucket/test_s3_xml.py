@@ -45,8 +45,9 @@ def test_an_error() -> None:
         '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'.encode("utf-16"),
         b"<a>" * 100 + b"</a>" * 100,
         b"<a>" + b"<b/>" * 30_000 + b"<c><d/></c>" * 30_000 + b"</a>",
+        b"<a><b>" + b"<c/>" * 200_000 + b"</b></a>",
     ],
-    ids=["empty", "open", "crossed", "binary", "external", "entities", "utf-16", "deep", "long"],
+    ids=["empty", "open", "crossed", "binary", "external", "entities", "utf-16", "deep", "long", "wide"],
 )
 def test_content_that_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from tests.e2e.harness.http_client import BufferedResponse, request_directly
 from tests.e2e.harness.http_server import HTTPExchange, StubServer
 from tests.e2e.harness.images import ACCEPT_MANIFESTS, SampleImage
 from tests.e2e.harness.object_store import SECRET_KEY
+from tests.e2e.harness.pki import UpstreamCA
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.seaweedfs import SeaweedFS
@@ -32,8 +34,8 @@ Fault = Callable[[HTTPExchange], bool]
 class StoreFront(StubServer):
     """Passes requests on to a store, unless `fault` answers. The Host stays, because it is signed."""
 
-    def __init__(self, store: SeaweedFS) -> None:
-        super().__init__()
+    def __init__(self, store: SeaweedFS, context: ssl.SSLContext | None = None) -> None:
+        super().__init__(context)
         self._store = store
         self.fault: Fault = lambda exchange: False
 
@@ -245,3 +247,25 @@ def test_a_wrong_region_or_clock_stops_the_start(
     )  # fmt: skip
     assert ended.returncode == 78, ended.stdout + ended.stderr
     assert "docker-registry-proxy: REGISTRY_STORE: " in ended.stderr and reason in ended.stderr
+
+
+def test_a_store_over_tls_needs_its_ca(seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    """Without it, the daemon starts, because the certificate may be the store's fault, and says why nothing works."""
+    authority = UpstreamCA(tmp_path / "ca", "the CA of the store")
+    front = StoreFront(seaweedfs, authority.leaf("localhost").server_context())
+    front.start()
+    settings = {**seaweedfs.settings(seaweedfs.make_bucket("tls")), "WORKERS": "1"}
+    settings["REGISTRY_STORE"] = f"s3://tls?endpoint=https://localhost:{front.port}"
+    try:
+        trusting = RegistryDaemon(tmp_path / "right", {**settings, "UPSTREAM_CA_FILE": str(authority.ca_file)})
+        with trusting.run_and_check_log(lambda: [SECRET_KEY]):
+            image = push(trusting, "over/tls", images.build_small_image("over-tls"))
+            pull(trusting, "over/tls", image)
+        other = RegistryDaemon(tmp_path / "wrong", settings)
+        with other.run_and_check_log(lambda: [SECRET_KEY]):
+            refused = push_blob(other, "over/tls", b"x")
+            assert refused.status == 503 and "certificate" in refused.error_message.lower(), refused.error_message
+            assert "retry-after" in refused.headers
+            assert "CERTIFICATE_VERIFY_FAILED" in other.output_text, "at the start"
+    finally:
+        front.stop()
