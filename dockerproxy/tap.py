@@ -348,7 +348,9 @@ def probe_registry_store(reactor: Any, settings: Settings, variables: Mapping[st
             f"REGISTRY_STORE needs botocore ({error}); install python3-botocore, or the package's extra s3."
         ) from None
     location, proxy = settings.registry_store, settings.upstream_proxy
-    proxy_url = None if proxy is None or not proxy.applies_to(location.endpoint.host) else proxy.url
+    proxies: list[str | None] = [None]
+    if proxy is not None and proxy.applies_to(location.endpoint.host):
+        proxies = [one.url for one in (proxy, *proxy.others)] + ([None] if proxy.direct else [])
     verify = str(settings.upstream_ca_file) if settings.upstream_ca_file is not None else True
     try:
         return assembly.probe_store(
@@ -356,7 +358,7 @@ def probe_registry_store(reactor: Any, settings: Settings, variables: Mapping[st
             location,
             variables,
             read_only=settings.registry_read_only,
-            proxy=proxy_url,
+            proxies=proxies,
             verify=verify if settings.verify_ssl else False,
         )
     except (assembly.NoCredentials, assembly.StoreRefused) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,7 @@ def probe_store(
     variables: Mapping[str, str],
     *,
     read_only: bool,
-    proxy: str | None,
+    proxies: Sequence[str | None],
     verify: str | bool,
 ) -> list[str]:
     """Look at the bucket before the daemon serves. Return sentences for the log. Blocks.
@@ -59,7 +59,7 @@ def probe_store(
         if name.startswith("AWS_"):
             os.environ.setdefault(name, value)
     signer = RequestSigner.find_credentials(reactor, location.region, os.environ)
-    sentences = StartProbe(location, signer, proxy, verify).run(read_only=read_only)
+    sentences = StartProbe(location, signer, proxies, verify).run(read_only=read_only)
     if location.time_scale != 1:
         sentences.append(
             f"gc_time_scale={location.time_scale:g} is for tests: gc may delete what slow clients push; remove it"

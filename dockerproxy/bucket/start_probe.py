@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
-from attrs import frozen
+from attrs import define
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError
 from botocore.httpsession import URLLib3Session
@@ -26,13 +27,16 @@ from dockerproxy.net.store_location import StoreLocation
 _TIMEOUT = 5.0  # seconds
 
 
-@frozen
+@define
 class StartProbe:
-    """Asks the bucket at `location`. `proxy` is the URL of a proxy; `verify` is a CA file, or whether to verify."""
+    """Asks the bucket at `location`. `verify` is a CA file, or whether to verify certificates.
+
+    `proxies` are URLs of proxies, of which the first that can is used. None stands for no proxy.
+    """
 
     location: StoreLocation
     signer: RequestSigner
-    proxy: str | None = None
+    proxies: Sequence[str | None] = (None,)
     verify: str | bool = True
 
     def run(self, *, read_only: bool) -> list[str]:
@@ -78,11 +82,24 @@ class StartProbe:
         """Return the refusal, or None after a success, and the content."""
         url = self.location.url(key, query)
         signed = self.signer.sign_now(method, url, fields, hashlib.sha256().hexdigest())
-        proxies = None if self.proxy is None else {"http": self.proxy, "https": self.proxy}
-        session = URLLib3Session(verify=self.verify, proxies=proxies, timeout=_TIMEOUT)
-        try:
-            response = session.send(AWSRequest(method, url, dict(signed), b"").prepare())
-        finally:
-            session.close()
+        request = AWSRequest(method, url, dict(signed), b"").prepare()
+        response = self._send_through_proxies(request)
         content: bytes = response.content
         return None if response.status_code < 300 else StoreAnswer.parse(response.status_code, content), content
+
+    def _send_through_proxies(self, request: Any) -> Any:
+        failure: Exception | None = None
+        for number, proxy in enumerate(self.proxies):
+            proxies = None if proxy is None else {"http": proxy, "https": proxy}
+            session = URLLib3Session(verify=self.verify, proxies=proxies, timeout=_TIMEOUT)
+            try:
+                response = session.send(request)
+            except (BotoCoreError, OSError) as error:
+                failure = failure or error
+            else:
+                self.proxies = self.proxies[number:]  # those before it would cost time again
+                return response
+            finally:
+                session.close()
+        assert failure is not None
+        raise failure

@@ -90,7 +90,10 @@ class MemberSender:
 
     def report_other_ca(self, error: CertificateRejected) -> None:
         """Leave the member alone for ten minutes: administrators have to see to that."""
-        self._distrust(f"{error.message}; CA_CRT_FILE and CA_KEY_FILE must be the same at all members")
+        # A member without that registry opens a tunnel to it, in which the registry's own certificate comes.
+        self._distrust(
+            f"{error.message}; CA_CRT_FILE and CA_KEY_FILE must be the same at all members, and so REGISTRIES"
+        )
 
     def report_mismatch(self, digest: Digest) -> None:
         """Leave the member alone for ten minutes."""

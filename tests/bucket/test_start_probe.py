@@ -149,5 +149,20 @@ def test_a_proxy_whose_password_nobody_may_read_does_not_answer() -> None:
     location = StoreLocation.parse("s3://images?endpoint=http://store.invalid:9000")
     unused: Any = None
     signer = RequestSigner.find_credentials(unused, location.region, VARIABLES)
-    [sentence] = StartProbe(location, signer, f"http://user:hunter2@127.0.0.1:{port}").run(read_only=False)
+    [sentence] = StartProbe(location, signer, [f"http://user:hunter2@127.0.0.1:{port}"]).run(read_only=False)
     assert "does not answer" in sentence and str(port) in sentence and "hunter2" not in sentence
+
+
+@pytest.mark.parametrize("store", [{"knows_conditions": True}], indirect=True, ids=["conditions"])
+def test_the_next_proxy_is_used_if_the_first_does_not_answer(store: SmallStore) -> None:
+    """The store stands for a proxy, too: it looks at the path only."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dead = f"http://127.0.0.1:{server.getsockname()[1]}"
+    location = StoreLocation.parse("s3://images?endpoint=http://store.invalid:9000")
+    unused: Any = None
+    signer = RequestSigner.find_credentials(unused, location.region, VARIABLES)
+    proxies = [dead, f"http://127.0.0.1:{store.server_port}"]
+    assert StartProbe(location, signer, proxies).run(read_only=False) == []
+    assert store.methods == ["GET", "PUT", "PUT", "DELETE"]
+    direct = StoreLocation.parse(f"s3://images?endpoint=http://127.0.0.1:{store.server_port}")
+    assert StartProbe(direct, signer, [dead, None]).run(read_only=True) == []
