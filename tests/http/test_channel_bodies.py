@@ -252,6 +252,21 @@ class UnreadBodyTests(SynchronousTestCase):
         server.clock.advance(5)
         self.assertTrue(client.closed_cleanly)
 
+    def test_the_last_response_is_not_lost_by_a_reset(self) -> None:
+        """After broken framing, the handler responds while the client goes on sending. What it sends is dropped."""
+        upload_handler = UploadHandler()
+        server = InMemoryServer(upload_handler)
+        client = server.client()
+        client.send(self.post(5, chunked=True)[0])
+        client.send(b"zz\r\n")
+        assert upload_handler.request is not None
+        upload_handler.request.respond(403, [])
+        client.send(b"more of it" + GET % 2)
+        self.assertEqual(client.statuses, [403])
+        self.assertFalse(client.transport.disconnecting)
+        server.clock.advance(5)
+        self.assertTrue(client.closed_cleanly)
+
     def test_reading_a_discarded_body_fails(self) -> None:
         """A partly discarded body must not look complete to a handler that still reads it."""
         upload_handler = UploadHandler()
