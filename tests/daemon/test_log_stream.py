@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,6 +35,20 @@ class Output:
             while chunk := os.read(self.reader, 65536):
                 data += chunk
         return data.decode()
+
+
+@pytest.fixture(autouse=True)
+def no_write_may_block() -> Iterator[None]:
+    """Fail a test in which a write blocks, because nobody reads."""
+
+    def fail(*_: object) -> None:
+        pytest.fail("a write has blocked for a minute")
+
+    previous = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture(params=["pipe", "stream socket", "pipe of another user"])
