@@ -656,6 +656,18 @@ def record_walks(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> list
     return walks
 
 
+def test_other_walks_are_made_after_the_maintenance(harness: CacheHarness) -> None:
+    is_walking: list[bool] = []
+
+    async def walk() -> None:
+        is_walking.append(harness.space._is_cleaning)
+
+    harness.space.call_after_maintenance(walk)
+    for _ in range(2):
+        harness.run(harness.space.maintain())
+    assert is_walking == [False, False]
+
+
 def test_janitor_walks_once_an_hour(harness: CacheHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     walks = record_walks(harness, monkeypatch)
     service = harness.space.service()
