@@ -253,7 +253,7 @@ class UnreadBodyTests(SynchronousTestCase):
         self.assertTrue(client.closed_cleanly)
 
     def test_the_last_response_is_not_lost_by_a_reset(self) -> None:
-        """After broken framing, the handler responds while the client goes on sending. What it sends is dropped."""
+        """After broken framing, the handler responds while the client goes on sending. All of that is dropped."""
         upload_handler = UploadHandler()
         server = InMemoryServer(upload_handler)
         client = server.client()
