@@ -124,14 +124,22 @@ def _images(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def _dotenv(name: str) -> dict[str, str]:
-    """Return the variables of the file `.env` beside a compose file, which docker compose reads, too."""
+    """Return the variables of the file `.env` beside a compose file, which docker compose reads, too.
+
+    If a stranger wrote the compose file, its `.env` has to be the stranger's too. A link to a file that only the user
+    can read would put secrets into the names of images, which registries are sent.
+    """
     path = os.path.join(os.path.dirname(name), ".env") if name != "-" else ""
     # A stranger may have written both files, or put a FIFO there.
     from dockerproxy.config_files import read_config_file
 
     try:
-        lines = read_config_file(path)[0].decode("utf-8-sig").splitlines()
+        content, status = read_config_file(path)
+        owner = os.stat(name).st_uid
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, ValueError):
+        return {}
+    if owner not in (0, os.geteuid(), status.st_uid):
         return {}
     pairs = (line.strip().removeprefix("export ").partition("=") for line in lines if not line.lstrip().startswith("#"))
     return {key.strip(): value.strip().strip("\"'") for key, separator, value in pairs if separator}

@@ -301,6 +301,21 @@ def test_the_command_does_not_wait_for_a_file_beside_a_list_of_images(
     assert "NAME" in result.stdout + result.stderr
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("owner", [NOBODY, 0])
+def test_a_strangers_list_of_images_gets_no_variables_of_others(
+    shared_daemon: RegistryDaemon, tmp_path: Path, owner: int
+) -> None:
+    """A registry is sent the names of images. Its `.env` leads to the secrets of the administrator that pulls them."""
+    compose, secrets = tmp_path / "compose.yaml", tmp_path / "secrets"
+    compose.write_text('services: {web: {image: "unknown.example/${PASSPHRASE:?}:1"}}')
+    os.chown(compose, owner, -1)
+    secrets.write_text("PASSPHRASE=precious\n")
+    (tmp_path / ".env").symlink_to(secrets)
+    result = run_command(shared_daemon, "pull", "--dry-run", "--from-file", str(compose))
+    assert ("precious" in result.stdout + result.stderr) == (owner == 0)
+
+
 def test_names_do_not_reach_the_terminal_as_they_are(
     shared_daemon: RegistryDaemon, directory: ImportedDirectory
 ) -> None:
