@@ -336,7 +336,7 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         login.guard(handle_mirror),
         registries.hosted_names,
         registries.mirrored,
-        hosted.store.has_repository,
+        hosted.store.has_name,
     )
     viewing = build_viewing(
         reactor,

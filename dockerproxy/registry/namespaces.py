@@ -28,7 +28,7 @@ class NamespacedRegistries:
     A request without `ns` is for the mirror if `mirror_by_default` is true, else for the hosted registry.
 
     At the mirror, a first component of the path that is written like a host names the upstream registry. At the hosted
-    registry, it does if it is one of `mirrored` and the hosted registry has no such repository (`has_repository`).
+    registry, it does if it is one of `mirrored` and the hosted registry has no such repository (`has_name`).
     Nobody can push one there, so that no user can put an image in the place of an upstream one.
     """
 
@@ -36,7 +36,7 @@ class NamespacedRegistries:
     mirror: MirrorHandler
     hosted_names: Container[str]
     mirrored: Container[Host]
-    has_repository: Callable[[Repository], Awaitable[bool]]
+    has_name: Callable[[Repository], Awaitable[bool]]
     mirror_by_default: bool
 
     def handle(self, request: Request) -> Awaitable[None]:
@@ -78,7 +78,7 @@ class NamespacedRegistries:
             repository = route_hosted(path).name
         except (NameInvalid, NameUnknown, DigestInvalid):
             return False
-        return bool(repository) and await self.has_repository(repository)
+        return bool(repository) and await self.has_name(repository)
 
 
 def _parse_host(text: str) -> Host | None:
