@@ -108,18 +108,19 @@ def test_no_container_has_more_rights_than_it_needs() -> None:
             assert rights["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_daemon_set_writes_hosts_toml(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("address", "host"), [("192.0.2.7", "192.0.2.7"), ("2001:db8::7", "[2001:db8::7]")])
+def test_the_daemon_set_writes_hosts_toml(tmp_path: Path, address: str, host: str) -> None:
     """The script is run as in the pod."""
     shell = shutil.which("sh")
     assert shell is not None
     pod = find("DaemonSet", "docker-registry-proxy-containerd")["spec"]["template"]["spec"]
     [container] = pod["initContainers"]
     *_, script = container["command"]
-    environment = {"PATH": os.environ["PATH"], "NODE": "192.0.2.7"}
+    environment = {"PATH": os.environ["PATH"], "NODE": address}
     script = script.replace("/certs.d", str(tmp_path))
     for _ in range(2):  # also if the file is there
         subprocess.run([shell, "-euc", script], check=True, env=environment)
     hosts = tomllib.loads((tmp_path / "_default/hosts.toml").read_text())
     [port] = [one for one in find("Service", "docker-registry-proxy")["spec"]["ports"] if one["targetPort"] == "proxy"]
-    assert hosts == {"host": {f"http://192.0.2.7:{port['nodePort']}": {"capabilities": ["pull", "resolve"]}}}
+    assert hosts == {"host": {f"http://{host}:{port['nodePort']}": {"capabilities": ["pull", "resolve"]}}}
     assert [file.name for file in (tmp_path / "_default").iterdir()] == ["hosts.toml"]

@@ -158,8 +158,9 @@ open_cgroups() {
 
 kill_machine() {
     local folder=$MACHINES/$1
+    disown "$(cat "$folder/nspawn")" # so that the shell does not report its end
     kill -KILL "$(cat "$folder/leader")" "$(cat "$folder/nspawn")"
-    wait "$(cat "$folder/nspawn")" 2>/dev/null || true
+    wait_for 20 ended "$(cat "$folder/nspawn")"
     wait_for 20 umount "$folder/root"
     ip netns del "drp-$1"
 }
