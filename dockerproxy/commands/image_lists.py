@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 MAX_SIZE = 4 * 1024 * 1024
 """Characters of a file."""
 
+_MAX_TEXT = 4096  # characters of a text with variables, and of their values, which may double with each line of a file
+
 _FROM = re.compile(
     r"FROM(?:[ \t]+--\S+)*[ \t]+(?P<image>[^\s#]\S*)(?:[ \t]+AS[ \t]+(?P<stage>\S+))?[ \t]*", re.IGNORECASE
 )
 _ARG = re.compile(r"ARG[ \t]+(?P<name>\w+)(?:=(?P<value>.*))?", re.IGNORECASE)
-_COPY_FROM = re.compile(r"(?:COPY|ADD)[ \t].*?--from=(?P<image>\S+)", re.IGNORECASE)
-_MOUNT_FROM = re.compile(r"--mount=\S*?\bfrom=(?P<image>[^\s,]+)", re.IGNORECASE)
+_COPY = re.compile(r"(?:ONBUILD[ \t]+)?(?:COPY|ADD)[ \t]", re.IGNORECASE)
 _ESCAPE = re.compile(r"#\s*escape\s*=\s*`\s*", re.IGNORECASE)
 _YAML = re.compile(
     r"(?m)^[ \t]*(?:-[ \t]+)*[\"']?(?:image|services|apiVersion|kind|spec|x-[\w-]+)[\"']?[ \t]*:(?:\s|$)|^---"
@@ -120,9 +121,9 @@ class _Reader:
                 if base["stage"]:
                     stages.add(base["stage"].lower())
             else:
-                for used in (*_COPY_FROM.finditer(line), *_MOUNT_FROM.finditer(line)):
-                    if not used["image"].isdigit():
-                        self._add_base(number, used["image"], arguments, stages)
+                for image in _images_used(line):
+                    if not image.isdigit():
+                        self._add_base(number, image, arguments, stages)
 
     def _add_base(self, number: int, text: str, arguments: Variables, stages: set[str]) -> None:
         image = self._expand(number, _unquoted(text), arguments)
@@ -130,11 +131,17 @@ class _Reader:
             self.images[image] = None
 
     def _expand(self, number: int, text: str, variables: Variables) -> str | None:
-        """Return `text` with the values of its variables; None, and report it, if one has no value."""
+        """Return `text` with the values of its variables; None, and report it, if one has no value or that is long."""
         missing: list[str] = []
+        if len(text) > _MAX_TEXT:
+            self._report(number, f"{text[:100]!r} is left out, because it has more than {_MAX_TEXT} characters")
+            return None
         expanded = _VARIABLE.sub(_substitute(variables, missing), text)
         if missing:
             self._report(number, f"{text[:100]!r} is left out, because {' and '.join(missing)} has no value")
+            return None
+        if len(expanded) > _MAX_TEXT:
+            self._report(number, f"{text[:100]!r} is left out, because its value has more than {_MAX_TEXT} characters")
             return None
         return expanded
 
@@ -195,6 +202,18 @@ class _YAMLNode:
         self.is_mapping = is_mapping
         self.expects_key = True
         self.key: str | None = None
+
+
+def _images_used(line: str) -> Iterator[str]:
+    """Yield the images from which an instruction takes files: ``--from`` of COPY and ADD, ``from`` in ``--mount``."""
+    is_copy = _COPY.match(line) is not None
+    for word in line.split():
+        option, _, value = word.partition("=")
+        if is_copy and option.lower() == "--from" and value:
+            yield value
+        elif option.lower() == "--mount":
+            names = (field.partition("=") for field in value.split(","))
+            yield from (image for name, _, image in names if name.lower() == "from" and image)
 
 
 def _unquoted(text: str) -> str:

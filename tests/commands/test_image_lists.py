@@ -49,6 +49,26 @@ def test_a_dockerfile(text: str, images: list[str]) -> None:
     assert read(text) == (tuple(images), ())
 
 
+@pytest.mark.parametrize(
+    ("text", "images"),
+    [
+        ("ARG A0=xxxxxxxx\n" + "".join(f"ARG A{n + 1}=$A{n}$A{n}\n" for n in range(60)) + "FROM $A60\nFROM b", ["b"]),
+        ("FROM " + "$A" * 500_000 + "\nFROM b", ["b"]),
+        ("FROM a\n" + "COPY " * 200_000, ["a"]),
+        ("FROM a\nRUN " + "--mount=" * 200_000, ["a"]),
+        ("FROM a\nRUN --mount=" + "from," * 200_000, ["a"]),
+        ("FROM " + "--a " * 200_000, ["--a"]),
+        ("FROM a\nRUN x" + " \\\n" * 200_000, ["a"]),
+    ],
+    ids=["values", "variables", "COPY", "mounts", "one mount", "options", "lines"],
+)
+def test_a_dockerfile_that_is_a_bomb(text: str, images: list[str]) -> None:
+    """It is a stranger's. In another way to read it, each takes minutes, or gigabytes."""
+    found, problems = read(text)
+    assert list(found) == images
+    assert all(len(problem) < 400 for problem in problems)
+
+
 def test_variables_of_a_dockerfile_without_a_value() -> None:
     images, problems = read("ARG BASE\nFROM $BASE\nFROM nginx\nFROM ${BASE:-redis}")
     assert images == ("nginx", "redis")
