@@ -58,7 +58,7 @@ from dockerproxy.registry.hosted_rules import HostedRules
 from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.registry.htpasswd import HtpasswdFile
 from dockerproxy.registry.intercepted import Intercepted, Mirror, OpenRegistry
-from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.namespaces import KnownNames, NamespacedRegistries
 from dockerproxy.registry.pull_gatherer import PullGatherer
 from dockerproxy.registry.responses import respond_error
 from dockerproxy.reload import RegistryTable
@@ -330,13 +330,16 @@ def build_server(reactor: Any, settings: Settings, certificates: Certificates, s
         door = fleet.door(owned, cached_only, mirror, intercepted, mirror_for, intercepted_for)
         handle_mirror, handle_intercepted = door.handle_mirror, door.handle_intercepted
     hosted_names = frozenset(settings.registry_hostname)
+    has_repository = hosted.store.has_repository
+    if hosted.disk.file_system is not None:
+        has_repository = KnownNames(has_repository, reactor.seconds).has_repository
     registries_for = partial(
         NamespacedRegistries,
         hosted_app,
         login.guard(handle_mirror),
         registries.hosted_names,
         registries.mirrored,
-        hosted.store.has_name,
+        has_repository,
     )
     viewing = build_viewing(
         reactor,

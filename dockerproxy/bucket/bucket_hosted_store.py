@@ -73,20 +73,10 @@ class BucketHostedStore:
     uploads: BucketUploads
     _known: BoundedDict[Repository, bool] = field(init=False)
     _indexed: BoundedDict[Repository, bool] = field(init=False)
-    _names: BoundedDict[Repository, bool] = field(init=False)
-    _earlier_names: BoundedDict[Repository, bool] = field(init=False)
 
     @_known.default
     def _make_known(self) -> BoundedDict[Repository, bool]:
         return BoundedDict(_MAX_KNOWN, ttl=_KNOWN_TTL, clock=self._reactor.seconds)
-
-    @_names.default
-    def _make_names(self) -> BoundedDict[Repository, bool]:
-        return BoundedDict(_MAX_KNOWN, ttl=_KNOWN_TTL, clock=self._reactor.seconds)
-
-    @_earlier_names.default
-    def _make_earlier_names(self) -> BoundedDict[Repository, bool]:
-        return BoundedDict(_MAX_KNOWN)
 
     @_indexed.default
     def _make_indexed(self) -> BoundedDict[Repository, bool]:
@@ -125,18 +115,6 @@ class BucketHostedStore:
                 self._known[repository] = True
                 return True
         return False
-
-    async def has_name(self, repository: Repository) -> bool:
-        known = self._names.get(repository)
-        if known is None:
-            try:
-                known = await self.has_repository(repository)
-            except StoreUnavailable:
-                known = self._earlier_names.get(repository)
-                if known is None:
-                    raise
-            self._names[repository] = self._earlier_names[repository] = known
-        return known
 
     async def _has_keys(self, prefix: str) -> bool:
         async for _ in self._bucket.list_keys(prefix, limit=1):

@@ -73,13 +73,6 @@ class HostedStore(Protocol):
     async def has_repository(self, repository: Repository) -> bool:
         """Return whether the repository has, or had, a blob or manifest."""
 
-    async def has_name(self, repository: Repository) -> bool:
-        """Return what `has_repository` returns, or has returned lately.
-
-        It decides for each pull of `/v2/HOST/NAME` whether that is a mirrored image. A store that does not answer must
-        not end those.
-        """
-
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
         """Return the size of a blob in bytes, or None if the repository does not have it."""
 

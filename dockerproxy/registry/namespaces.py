@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Container
 
-from attrs import frozen
+from attrs import define, field, frozen
 
-from dockerproxy.errors import DigestInvalid, NameInvalid, NameUnknown
+from dockerproxy.bounded_dict import BoundedDict
+from dockerproxy.errors import DigestInvalid, NameInvalid, NameUnknown, RegistryError
 from dockerproxy.http.request import Request
 from dockerproxy.oci.names import Host, Repository
 from dockerproxy.oci.routes import pop_parameter, route_hosted, split_registry, unescape_slashes
@@ -16,6 +17,44 @@ from dockerproxy.registry.upstream import Namespace
 
 MirrorHandler = Callable[[Request, Namespace | None], Awaitable[None]]
 """Responds to a request for an upstream registry, or for the default one; see `Mirror.handle`."""
+
+
+_MAX_NAMES = 10_000
+_NAME_TTL = 60.0  # seconds for which an answer counts
+
+HasRepository = Callable[[Repository], Awaitable[bool]]
+"""Returns whether the hosted registry has a repository."""
+
+
+@define(eq=False)
+class KnownNames:
+    """The answers of `_has_repository`, which asks another machine. `_now` returns seconds.
+
+    Each pull of `/v2/HOST/NAME` needs one. A storage that does not answer must not end those of mirrored images, so
+    the last answer counts then.
+    """
+
+    _has_repository: HasRepository
+    _now: Callable[[], float]
+    _recent: BoundedDict[Repository, bool] = field(init=False)
+    _last: BoundedDict[Repository, bool] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._recent = BoundedDict(_MAX_NAMES, ttl=_NAME_TTL, clock=self._now)
+        self._last = BoundedDict(_MAX_NAMES)
+
+    async def has_repository(self, repository: Repository) -> bool:
+        """Return the answer of the last minute, or of the last time. Raise `RegistryError` if there is none."""
+        known = self._recent.get(repository)
+        if known is None:
+            try:
+                known = await self._has_repository(repository)
+            except RegistryError:
+                known = self._last.get(repository)
+                if known is None:
+                    raise
+            self._recent[repository] = self._last[repository] = known
+        return known
 
 
 @frozen
@@ -28,7 +67,7 @@ class NamespacedRegistries:
     A request without `ns` is for the mirror if `mirror_by_default` is true, else for the hosted registry.
 
     At the mirror, a first component of the path that is written like a host names the upstream registry. At the hosted
-    registry, it does if it is one of `mirrored` and the hosted registry has no such repository (`has_name`).
+    registry, it does if it is one of `mirrored` and the hosted registry has no such repository (`has_repository`).
     Nobody can push one there, so that no user can put an image in the place of an upstream one.
     """
 
@@ -36,7 +75,7 @@ class NamespacedRegistries:
     mirror: MirrorHandler
     hosted_names: Container[str]
     mirrored: Container[Host]
-    has_name: Callable[[Repository], Awaitable[bool]]
+    has_repository: HasRepository
     mirror_by_default: bool
 
     def handle(self, request: Request) -> Awaitable[None]:
@@ -78,7 +117,7 @@ class NamespacedRegistries:
             repository = route_hosted(path).name
         except (NameInvalid, NameUnknown, DigestInvalid):
             return False
-        return bool(repository) and await self.has_name(repository)
+        return bool(repository) and await self.has_repository(repository)
 
 
 def _parse_host(text: str) -> Host | None:

@@ -220,9 +220,6 @@ class LocalHostedStore:
     async def has_repository(self, repository: Repository) -> bool:
         return await self._disk.read(self._tree.links.has_repository, repository)
 
-    async def has_name(self, repository: Repository) -> bool:
-        return await self.has_repository(repository)
-
     # blobs
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:

@@ -20,7 +20,7 @@ from dockerproxy.bucket.takeover import take_over
 from dockerproxy.cache.downloads import DownloadLimits, Downloads
 from dockerproxy.errors import ManifestNeeded, StoreUnavailable
 from dockerproxy.oci.manifests import OCI_INDEX, OCI_MANIFEST
-from dockerproxy.oci.names import Digest, parse_repository, parse_tag
+from dockerproxy.oci.names import Digest, parse_tag
 from dockerproxy.oci.pushed_manifest import PushedManifest
 from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.store.disk_access import LocalDisk
@@ -205,27 +205,6 @@ class TestBucketHostedStore(HostedStoreSuite):
                 self.run(asked)
         self.come_back()
         assert self.run(store.manifest(APP, parse_tag("v2"))) is not None
-
-    def test_the_names_of_mirrored_images_cost_nothing_and_survive_an_outage(
-        self, store: HostedStore, fake: FakeStore
-    ) -> None:
-        """Each pull of `/v2/HOST/NAME` asks for one: the store must not be a part of those."""
-        mirrored, hosted = parse_repository("quay.io/team/app"), parse_repository("quay.io/ours")
-        self.push_image(store, "seed", "v1", repository=hosted)
-        assert not self.run(store.has_name(mirrored)) and self.run(store.has_name(hosted))
-        fake.requests.clear()
-        assert not self.run(store.has_name(mirrored)) and self.run(store.has_name(hosted))
-        assert fake.requests == []
-        self.break_down()
-        for _ in range(2):
-            fake.clock.advance(61)
-            assert not self.run(store.has_name(mirrored)) and self.run(store.has_name(hosted))
-        with pytest.raises(StoreUnavailable):
-            self.run(store.has_name(parse_repository("quay.io/never/asked")))
-        self.come_back()
-        self.push_image(store, "seed", "v1", repository=mirrored)
-        fake.clock.advance(61)
-        assert self.run(store.has_name(mirrored))
 
     def test_nothing_that_was_deleted_comes_back_in_an_outage(self, store: HostedStore, other: HostedStore) -> None:
         digest, blob = self.push_image(store, "seed", "v1"), Digest.of(b"seed")

@@ -24,6 +24,7 @@ from tests.e2e.harness.pki import UpstreamCA
 from tests.e2e.harness.process import require_programs, wait_until
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.seaweedfs import SeaweedFS
+from tests.e2e.harness.upstreams import Upstreams
 
 MIB = 1 << 20
 
@@ -269,3 +270,21 @@ def test_a_store_over_tls_needs_its_ca(seaweedfs: SeaweedFS, tmp_path: Path) -> 
             assert "CERTIFICATE_VERIFY_FAILED" in other.output_text, "at the start"
     finally:
         front.stop()
+
+
+def test_mirrored_images_do_not_need_the_store(
+    front: StoreFront, seaweedfs: SeaweedFS, upstreams: Upstreams, tmp_path: Path
+) -> None:
+    """Their names could be those of pushed images, so the store is asked once."""
+    settings = {**upstreams.settings, **seaweedfs.settings("bad-days"), "WORKERS": "1"}
+    settings["REGISTRY_STORE"] = settings["REGISTRY_STORE"].replace(f":{seaweedfs.port}", f":{front.port}")
+    digest = upstreams.fake.put_blob("mirrored/app", b"mirrored")
+    daemon = RegistryDaemon(tmp_path, settings)
+    with daemon.run_and_check_log(lambda: [SECRET_KEY, *upstreams.secrets]):
+        url = f"http://{daemon.http_address}/v2/fake.test/mirrored/app/blobs/{digest}"
+        assert request_directly("GET", url).body == b"mirrored"
+        front.fault = lambda exchange: refuse(exchange, 503, "ServiceUnavailable")
+        front.requests.clear()
+        for _ in range(3):
+            assert request_directly("GET", url).body == b"mirrored"
+        assert [request for request in front.requests if "mirrored" in request.path] == []

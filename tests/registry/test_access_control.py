@@ -7,16 +7,18 @@ import json
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from dockerproxy.errors import ServiceOverloaded
 from dockerproxy.oci.content import ManifestResponse
 from dockerproxy.oci.credentials import BasicCredentials
 from dockerproxy.oci.manifests import OCI_MANIFEST
-from dockerproxy.oci.names import Digest, Host, Registry, Repository
+from dockerproxy.oci.names import Digest, Host, Registry, Repository, parse_repository
 from dockerproxy.registry.access_control import AccessControl, AllowAll, AnonymousPull, RequireLogin
 from dockerproxy.registry.api import RegistryAPI
 from dockerproxy.registry.hosted_app import HostedRegistryApp
-from dockerproxy.registry.namespaces import NamespacedRegistries
+from dockerproxy.registry.namespaces import KnownNames, NamespacedRegistries
 from dockerproxy.registry.principal import Principal
 from dockerproxy.registry.upstream import Namespace
 from tests.support.audit import make_audit_log
@@ -251,6 +253,35 @@ def named_registries(mirror_by_default: bool) -> NamespacedRegistries:
     return NamespacedRegistries(
         hosted, NamedRegistry("mirror").handle, frozenset([REALM]), mirrored, has_repository, mirror_by_default
     )
+
+
+def test_names_are_known_without_the_storage() -> None:
+    """A storage on another machine is asked once a minute, and mirrored images are served while it is silent."""
+    now, asked, has, failure = [0.0], [], {"quay.io/ours": True}, [False]
+
+    async def has_repository(repository: Repository) -> bool:
+        asked.append(repository)
+        if failure[0]:
+            raise ServiceOverloaded("the storage does not answer")
+        return has.get(repository, False)
+
+    names = KnownNames(has_repository, lambda: now[0])
+
+    def knows(name: str) -> Any:
+        results: list[Any] = []
+        Deferred.fromCoroutine(names.has_repository(parse_repository(name))).addBoth(results.append)
+        return results[0] if isinstance(results[0], bool) else type(results[0].value)
+
+    for _ in range(3):
+        assert (knows("quay.io/ours"), knows("quay.io/theirs")) == (True, False)
+    assert len(asked) == 2
+    failure[0] = True
+    for now[0] in (60.0, 120.0):
+        assert (knows("quay.io/ours"), knows("quay.io/theirs")) == (True, False)
+    assert knows("quay.io/unknown") is ServiceOverloaded
+    failure[0], now[0] = False, 180.0
+    has["quay.io/theirs"] = True
+    assert knows("quay.io/theirs") and knows("quay.io/unknown") is False
 
 
 @pytest.mark.parametrize("mirror_by_default", [False, True])

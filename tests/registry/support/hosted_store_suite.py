@@ -98,7 +98,6 @@ class HostedStoreSuite(ABC):
     def test_an_empty_store(self, store: HostedStore) -> None:
         digest = Digest.of(b"x")
         assert not self.run(store.has_repository(APP))
-        assert not self.run(store.has_name(APP))
         assert self.run(store.blob_size(APP, digest)) is None
         assert self.run(store.open_blob(APP, digest)) is None
         assert not self.run(store.mount_blob(APP, digest, None))
