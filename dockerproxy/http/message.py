@@ -100,6 +100,8 @@ def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
         raise BadRequest("the request method contains invalid characters")
     if not _TARGET.fullmatch(target):
         raise BadRequest("the request target is empty or contains invalid characters")
+    if version == "HTTP/2.0":  # the preface (RFC 9113, section 3.4) of a client that has not asked for it by ALPN
+        raise BadRequest("this server speaks HTTP/1.1, not HTTP/2; NO_PROXY leads gRPC past the proxy")
     if version not in _VERSIONS:
         raise BadRequest("the HTTP version is neither HTTP/1.1 nor HTTP/1.0")
     return method, target, _VERSIONS[version]

@@ -76,6 +76,34 @@ def test_other_https_traffic_is_tunnelled_unchanged(
     assert received == data.upper()
 
 
+def test_http2_passes_a_tunnel_and_is_not_spoken_to_intercepted_hosts(
+    upstreams: Upstreams, start_daemon: StartDaemon
+) -> None:
+    """docker-registry speaks HTTP/2, as gRPC servers do. An intercepted host falls back to HTTP/1.1."""
+    registry = upstreams.registry
+    daemon = start_daemon(TUNNEL_DENY="none", TUNNEL_PORTS=f"443 {registry.port}")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
+    context = ssl.create_default_context(cafile=str(upstreams.ca.ca_file))
+    context.load_verify_locations(str(daemon.ca_file))
+    for target, offered, selected in (
+        (f"127.0.0.1:{registry.port}", ["h2"], "h2"),
+        ("registry.test:5443", ["h2", "http/1.1"], "http/1.1"),
+        ("registry.test:5443", ["h2"], None),
+    ):
+        context.set_alpn_protocols(offered)
+        with (
+            open_tunnel(daemon, target) as tunnel,
+            context.wrap_socket(tunnel, server_hostname="registry.test") as connection,
+        ):
+            assert connection.selected_alpn_protocol() == selected
+            connection.sendall(preface)
+            answer = connection.recv(65536)
+        if selected == "h2":
+            assert answer[3] == 4, "SETTINGS, the first frame of a server (RFC 9113, section 3.4)"
+        else:
+            assert answer.startswith(b"HTTP/1.1 400 this server speaks HTTP/1.1, not HTTP/2; NO_PROXY")
+
+
 def test_a_tunnel_is_logged_when_it_ends(unrestricted_daemon: TwistdDaemon, echo: EchoTLSServer) -> None:
     log_offset = unrestricted_daemon.log_offset()
     with open_tunnel(unrestricted_daemon, f"127.0.0.1:{echo.port}"):
