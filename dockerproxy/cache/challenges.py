@@ -134,6 +134,7 @@ class Challenges:
         # Whether the realm answered, and when that is forgotten.
         self._checks: BoundedDict[Registry, tuple[bool, float]] = BoundedDict(_MAX_KNOWN)
         self._running_checks: SingleFlight[Registry, bool] = SingleFlight()
+        self._renewals: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_SILENCE_TTL, clock=clock)
         self._warned: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_WARNING_INTERVAL, clock=clock)
         self._foreign: BoundedDict[Registry, bool] = BoundedDict(_MAX_REGISTRIES, ttl=_FOREIGN_TTL, clock=clock)
 
@@ -163,6 +164,17 @@ class Challenges:
         if not 0 < forgotten_at - self._clock() <= _SILENCE_TTL:
             answers = await self._running_checks.do(registry, lambda: self._check(registry, realm))
         return answers
+
+    async def has_moved(self, registry: Registry, realm: Realm) -> bool:
+        """Return whether `registry` names another realm than `realm` now, or none.
+
+        It is asked once in _SILENCE_TTL at most, so that clients with wrong requests for tokens do not make us ask.
+        """
+        if registry not in self._renewals:
+            self._renewals[registry] = True
+            with suppress(RegistryError):
+                await self._requests.do(registry, lambda: self._fetch(registry))
+        return not realm.has_endpoint_of(self.realm(registry))
 
     async def _check(self, registry: Registry, realm: Realm) -> bool:
         if self._intercepted.get(realm.server.host) == realm.server and _is_safe(registry, realm):

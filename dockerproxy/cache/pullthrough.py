@@ -134,6 +134,8 @@ class PullThrough:
         except RegistryError as error:
             if is_outage(error) and not request.has_no_credential():
                 self.challenges.warn_of_unknown_logins(registry)
+            if _is_no_endpoint(error) and await self.challenges.has_moved(registry, realm):
+                return self.token_endpoint.token_without_realm(error, request)
             raise
 
     def registry_naming(self, host: Registry, path: str) -> Registry | None:
@@ -560,6 +562,11 @@ class CachedRegistry:
             fields = [challenge.render() for challenge in self.cache.challenges.cached(self.registry)]
         local = isinstance(error, LocalTokenRequired)
         return self.cache.challenges.render_for(self.registry, fields, secure=secure, local=local)
+
+
+def _is_no_endpoint(error: RegistryError) -> bool:
+    """Return whether a token server answered `error`, by which it may say that there is none at this URL."""
+    return isinstance(error, UpstreamRefused) and error.status not in (401, 403, 429)
 
 
 def _may_differ_with_login(error: RegistryError) -> bool:

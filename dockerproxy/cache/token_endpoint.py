@@ -224,6 +224,15 @@ class TokenEndpoint:
             raise error
         return self._issue_after(error, realm, self._identities.for_authorization(str(realm), authorization), request)
 
+    def token_without_realm(self, error: RegistryError, request: TokenRequest) -> bytes:
+        """Return a local token for a client without a login whose registry has left the realm, which answered `error`.
+
+        Raise `error` for a client with a login: the next challenge leads it to the new realm.
+        """
+        if not request.has_no_credential():
+            raise error
+        return self._issue(PUBLIC, frozenset())
+
     def _learn(
         self, realm: Realm, identity: str, authorization: str, request: TokenRequest, issued: TokenResponse
     ) -> None:

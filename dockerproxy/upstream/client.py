@@ -140,12 +140,12 @@ class UpstreamClient:
             return await self._authorizer.get_authorization(
                 registry, self._authorizer.challenges_for(registry), scope, credential
             )
+        except (Unauthorized, UpstreamBroken):
+            self._authorizer.remove_challenges(registry)
+            return None  # nobody is refused because of an earlier challenge: the registry names the realm again
         except UpstreamError:
             self._authorizer.remove_challenges(registry)  # because the realm may have moved; the next 401 will name it
             raise
-        except Unauthorized:
-            self._authorizer.remove_challenges(registry)
-            return None  # nobody is refused because of an earlier challenge: the registry names the realm again
 
     async def _authorize_target(
         self, request: RegistryRequest, response: Response, authorizations: dict[Registry, Authorization]

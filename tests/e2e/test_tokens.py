@@ -444,3 +444,29 @@ def test_real_clients(
             containerd.remove_all_images()
     finally:
         group.stop()
+
+
+@pytest.mark.parametrize("path", ["/second/token", None], ids=["moved", "open"])
+def test_a_registry_that_leaves_its_token_server(
+    network: TokenNetwork, start: StartDaemon, clients: ClientFactory, path: str | None
+) -> None:
+    """The old one is 404. A client that begins with `/v2/` is led there by the challenge that is remembered."""
+    registry, realm = network.add_registry(REGISTRY), TokenRealm(None)
+    images = [build_small_image(name) for name in ("before", "after", "direct")]
+    for image, name in zip(images, ("before", "after", "direct"), strict=True):
+        registry.put(f"moving/{name}", "1", image)
+
+    def move(path: str | None) -> None:
+        registry.reset_rules()
+        if path is not None:
+            realm.guard(registry, f"https://{REGISTRY}{path}", REGISTRY)
+            registry.add_rule("GET", f"^{path}", lambda exchange, content: realm.handle(exchange))
+
+    move("/first/token")
+    daemon = start()
+    skopeo = clients.skopeo(daemon)
+    skopeo.pull(f"{REGISTRY}/moving/before:1")
+    move(path)
+    skopeo.pull(f"{REGISTRY}/moving/after:1")
+    url = f"https://{REGISTRY}/v2/moving/direct/manifests/1"  # containerd does not begin with /v2/
+    assert proxy_client(network, daemon).get(url, Accept=ACCEPT_MANIFESTS).status == 200

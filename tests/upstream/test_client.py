@@ -280,6 +280,22 @@ class UpstreamClientTests(TestCase):
         await self.assertFailure(Deferred.fromCoroutine(self.send_request()), UpstreamUnreachable)
         self.assertEqual(await self.fetch(), b"ok")
 
+    async def test_a_realm_that_answers_no_more_refuses_nobody(self) -> None:
+        """The registry names another one, or wants no token any more."""
+        accept = require_authorization("Bearer t1")
+
+        def respond(request: ServedRequest) -> ResponseTuple:
+            return (404, {}, b"gone") if "/old" in request.url else accept(request)
+
+        self.servers.respond = respond
+        for expected in (["/old", "x", "x"], ["/old", "x"]):
+            self.authorizer.add_challenges(REGISTRY, [Challenge("bearer", {"realm": "http://registry.example/old"})])
+            self.servers.requests.clear()
+            self.assertEqual(await self.fetch(), b"ok")
+            for request, part in zip(self.servers.requests, expected, strict=True):
+                self.assertIn(part, request.url)
+            accept = lambda request: (200, {}, b"ok")  # noqa: E731
+
     async def test_no_credential_is_logged_or_in_an_error(self) -> None:
         events: list[Any] = []
         globalLogPublisher.addObserver(events.append)
