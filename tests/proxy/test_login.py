@@ -59,6 +59,26 @@ def test_an_empty_login_is_none(client: Any, users: CountingUsers, text: str) ->
     assert b"needs a user name and a password" in response.body
 
 
+@pytest.mark.parametrize("texts", [["alice:wonder", "mallory:x"], ["mallory:x", "alice:wonder"], ["alice:wonder"] * 2])
+def test_two_logins_are_none(client: Any, users: CountingUsers, texts: list[str]) -> None:
+    """Another server might take the other one."""
+    fields = [("Proxy-Authorization", f"Basic {base64.b64encode(text.encode()).decode()}") for text in texts]
+    assert (client.fetch("GET", "/", fields).status, users.checks) == (407, 0)
+
+
+def test_each_request_in_a_tunnel_needs_its_user(connect_client: Any, users: CountingUsers) -> None:
+    async def handle(request: Request) -> None:
+        request.proxy_user = request.path.removeprefix("/")
+        await ProxyLogin(users).check(request)
+        request.respond(200, [], b"")
+
+    client = connect_client(handle)
+    assert client.fetch("GET", "/alice", []).status == 200
+    response = client.fetch("GET", "/bob", [])
+    assert (response.status, users.checks) == (407, 0)
+    assert b"the user that opened this tunnel was removed" in response.body
+
+
 def test_a_tunnel_may_go_on(users: CountingUsers) -> None:
     assert [ProxyLogin(users).allows(user) for user in ("alice", "bob", None)] == [True, False, False]
     assert [ProxyLogin(None).allows(user) for user in ("alice", None)] == [True, True]

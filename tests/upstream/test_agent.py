@@ -330,6 +330,16 @@ class PlainHTTPTests(AgentLoopbackCase):
         await get(1)
         self.assertEqual(server.accepted, 3)
 
+    async def test_a_connection_that_was_asked_for_such_a_login_is_that_clients(self) -> None:
+        """The handshake is half made, so the next login of another client on this connection would finish it."""
+        challenge = b"HTTP/1.1 401 No\r\nWWW-Authenticate: Negotiate oYG1\r\nContent-Length: 0\r\n\r\n"
+        server, port = self.serve(respond_with(challenge))
+        agent = self.make_agent()
+        for client_connection, accepted in ((1, 1), (1, 1), (2, 2), (None, 3), (None, 4), (1, 4)):
+            response = await agent.request("GET", f"http://127.0.0.1:{port}/", client_connection=client_connection)
+            await response.read_all(10)
+            self.assertEqual(server.accepted, accepted)
+
     async def test_idle_connection_closed_by_server_is_replaced(self) -> None:
         # The server closes the connection on the second request, as if its keep-alive time-out had just expired.
         def respond(connection: Any, head: bytes) -> None:
