@@ -59,15 +59,27 @@ def mount_tmpfs(folder: Path, size: str) -> Iterator[Path]:
 
 
 @contextmanager
-def mount_ext4(folder: Path, size: str, inodes: int | None = None) -> Iterator[Path]:
+def mount_ext4(folder: Path, size: str, inodes: int | None = None, *, journal: bool = False) -> Iterator[Path]:
     """Mount a new ext4 of `size` ("64M") with about `inodes` inodes on `folder`, which is created, or skip the test."""
     require_programs("mkfs.ext4", "mount", root=True)
     image = folder.with_suffix(".img")
     subprocess.run(["truncate", "-s", size, str(image)], check=True)
     options = [] if inodes is None else ["-N", str(inodes)]
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", *options, str(image)], check=True)
+    features = "has_journal" if journal else "^has_journal"
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-O", features, *options, str(image)], check=True)
     with _mounted(folder, "-o", "loop", str(image)):
         yield folder
+
+
+@contextmanager
+def mount_after_power_cut(folder: Path, copy: Path) -> Iterator[None]:
+    """Mount the disk of `mount_ext4` as it would be after a power cut now, on `folder`, above the one that is there.
+
+    The disk is a file: what the kernel has not written to it yet, as nothing has synced it, is not in its copy.
+    """
+    subprocess.run(["cp", "--sparse=always", str(folder.with_suffix(".img")), str(copy)], check=True)
+    with _mounted(folder, "-o", "loop", str(copy)):
+        yield
 
 
 @contextmanager
@@ -104,7 +116,7 @@ def mount_fuse(folder: Path, content: Path | None = None) -> Iterator[subprocess
 
 @contextmanager
 def _mounted(folder: Path, *arguments: str) -> Iterator[None]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     mount = subprocess.run(["mount", *arguments, str(folder)], capture_output=True, check=False, text=True)
     if mount.returncode:
         pytest.skip(f"mount {' '.join(arguments)} fails here: {mount.stderr.strip()}")

@@ -62,13 +62,19 @@ class SeaweedGateway(BackgroundProcess, ObjectStore):
 
 
 class SeaweedCluster(KillableStore):
-    """An empty store in `folder` with a process for each of its parts. It syncs each object that it acknowledges."""
+    """An empty store in `folder` with a process for each of its parts. It syncs each object that it acknowledges.
 
-    def __init__(self, folder: Path) -> None:
+    If `syncs_names`, its filer does so, too, by SQLite in place of LevelDB.
+    """
+
+    def __init__(self, folder: Path, *, syncs_names: bool = False) -> None:
         self._weed, self._folder = find_weed(), folder
         self._environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
         for name in ("master", "volume", "filer"):
             (folder / name).mkdir(parents=True)
+        if syncs_names:
+            sqlite = f'[sqlite]\nenabled = true\ndbFile = "{folder}/filer/names.db"\n'
+            (folder / "filer.toml").write_text(f"[leveldb2]\nenabled = false\n{sqlite}")
         names = ("master", "volume", "filer", "s3")
         ports, grpc_ports = ({name: free_port() for name in names} for _ in range(2))
         self._master, filer = (f"127.0.0.1:{ports[name]}.{grpc_ports[name]}" for name in ("master", "filer"))
@@ -93,6 +99,11 @@ class SeaweedCluster(KillableStore):
             if not part.running:
                 part.launch()
         self.parts["s3"].wait_until_ready(self.answers, timeout=90)
+
+    def repair(self) -> None:
+        """Make the index of each volume again from its content, because only this was synced before a power cut."""
+        argv = [self._weed, f"-logdir={self._folder}", "fix", f"{self._folder}/volume"]
+        subprocess.run(argv, env=self._environment, timeout=60, check=True, capture_output=True)
 
     def make_bucket(self, bucket: str) -> str:
         """Create a bucket of which each object is synced, as docs/fleet.md has it, and return its name."""
