@@ -66,7 +66,7 @@ test-oldest: .venv-oldest/made ## run the unit tests with the oldest supported v
 # A test drops packets between members, for which it needs a network of its own.
 test-fleet: .venv/made-test ## run the tests of FLEET and of buckets, FLEET_CHAOS=10 seconds of chaos, BUCKET_KILLS=6 seconds of kills
 	.venv/bin/python -m pytest -ra tests/fleet tests/bucket tests/hostile/test_fleet_members.py tests/e2e/test_fleet.py \
-	    tests/e2e/test_bucket*.py tests/e2e/test_store_bad_days.py
+	    tests/e2e/test_bucket*.py tests/e2e/test_store_*.py
 
 ceph: ## make a tree of Debian 13 with Ceph RGW in .cache, 2 minutes; test and test-fleet use it then; needs root
 	@tools/debian-root .cache/ceph ceph-mon,ceph-osd,ceph-common,radosgw

@@ -7,14 +7,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from attrs import define, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
-
-pytest.importorskip("botocore", reason="botocore is not installed (python3-botocore)")
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest, Repository, parse_repository, parse_tag
