@@ -98,5 +98,6 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(sys.argv[2])
-        server.socket = context.wrap_socket(server.socket, server_side=True)
+        # The handshake is left to the thread of each connection: one that never ends would keep all others out.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     server.serve_forever()
