@@ -40,7 +40,7 @@ test: .venv/made-test lint test-programs ## run all tests; as root, install the 
 	.venv/bin/python -m pytest -ra --numprocesses=auto --ignore=tests/e2e --ignore=tests/bench
 	.venv/bin/python -m pytest -ra tests/bench
 ifeq ($(ROOT),0)
-	.venv/bin/python -m pytest -ra tests/e2e
+	.venv/bin/python -m pytest -ra --numprocesses=2 --dist=loadfile tests/e2e
 else
 	@echo "tests/e2e is skipped because it needs root, to start dockerd and containerd and install Debian packages."
 endif

@@ -22,6 +22,12 @@ from tests.e2e.harness.upstreams import Upstreams
 _daemons: list[TwistdDaemon] = []
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a short name, because the path of a socket below it may have 107 characters."""
+    return tmp_path_factory.mktemp("e2e")
+
+
 @pytest.fixture(scope="session")
 def upstreams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upstreams]:
     upstreams = Upstreams(tmp_path_factory.mktemp("upstreams"))

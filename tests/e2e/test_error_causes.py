@@ -13,6 +13,7 @@ from tests.e2e.harness import images
 from tests.e2e.harness.client_factory import ClientFactory
 from tests.e2e.harness.clients import Containerd, Docker, Podman, Skopeo
 from tests.e2e.harness.daemon import TwistdDaemon
+from tests.e2e.harness.process import wait_until
 from tests.e2e.harness.upstreams import Upstreams
 
 CLIENTS = ("skopeo", "podman", "docker", "containerd")
@@ -68,8 +69,11 @@ def check_cause(result: CompletedProcess[str], cause: str, daemon: TwistdDaemon,
     output = result.stdout + result.stderr
     assert result.returncode != 0
     assert re.search(cause, output), output
-    causes = [entry.because for entry in daemon.access_log(offset) if entry.status >= 400]
-    assert any(re.search(cause, because) for because in causes), daemon.output_text[offset:]
+
+    def is_logged() -> bool:
+        return any(entry.status >= 400 and re.search(cause, entry.because) for entry in daemon.access_log(offset))
+
+    wait_until(is_logged, f"the access log has {cause}")
 
 
 @pytest.mark.parametrize(

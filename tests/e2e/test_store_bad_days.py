@@ -86,7 +86,7 @@ def _shared(
     front.start()
     settings = seaweedfs.settings(seaweedfs.make_bucket("bad-days"))
     settings["REGISTRY_STORE"] = settings["REGISTRY_STORE"].replace(f":{seaweedfs.port}", f":{front.port}")
-    daemon = RegistryDaemon(tmp_path_factory.mktemp("daemon"), {**settings, "PROXY_READ_TIMEOUT": "2s", "WORKERS": "1"})
+    daemon = RegistryDaemon(tmp_path_factory.mktemp("daemon"), {**settings, "PROXY_READ_TIMEOUT": "4s", "WORKERS": "1"})
     with daemon.run_and_check_log(lambda: [SECRET_KEY]):
         yield front, daemon
     front.stop()
@@ -156,7 +156,7 @@ def test_a_store_that_says_nothing(front: StoreFront, daemon: RegistryDaemon) ->
     pull(daemon, "silent", image)
 
     def hang(exchange: HTTPExchange) -> bool:
-        time.sleep(4)
+        time.sleep(6)
         exchange.reset()
         return True
 
