@@ -19,9 +19,10 @@ from dockerproxy.oci.lists import TOKEN
 from dockerproxy.oci.names import Host
 
 SAFE_METHODS = ("GET", "HEAD")
+"""The methods that only read (RFC 9110, section 9.2.1), of those that this server has."""
+
 READ_METHODS = (*SAFE_METHODS, "OPTIONS")
 """Those that change nothing (RFC 9110, section 9.2.1) and are passed on. TRACE would return a login."""
-"""The methods that only read (RFC 9110, section 9.2.1), of those that this server has."""
 
 MAX_HEAD = 32 * 1024
 MAX_FIELDS = 100

@@ -398,9 +398,11 @@ class UpstreamConnection(Protocol):
             self.abort()  # because unsolicited bytes could be mistaken for the next response
 
     def _read_head(self, data: bytes) -> None:
+        searched = len(self._buffer)  # or a head of 300 KiB that arrives byte by byte would be searched 300,000 times
         self._buffer += data
         while self._response_waiter is not None:
-            end = find_head_end(self._buffer)
+            end = find_head_end(self._buffer, searched)
+            searched = 0
             if self._interim_size + (len(self._buffer) if end is None else end[0]) > MAX_HEAD:
                 self._fail(UpstreamBroken(f"{self.authority}: its response head exceeds {MAX_HEAD} bytes"))
                 return

@@ -63,12 +63,13 @@ def render_request_head(method: str, target: str, fields: Iterable[tuple[str, st
         raise ValueError("a header field's value is not Latin-1") from None
 
 
-def find_head_end(data: bytes) -> tuple[int, int] | None:
+def find_head_end(data: bytes, searched: int = 0) -> tuple[int, int] | None:
     """Return the end of the head at the start of `data`, without and with its empty line. Return None without one.
 
-    A line may end in LF alone (RFC 9112, section 2.2).
+    A line may end in LF alone (RFC 9112, section 2.2). The first `searched` bytes are known to have no end, but may
+    have the beginning of one.
     """
-    match = _HEAD_END.search(data)
+    match = _HEAD_END.search(data, max(searched - len(b"\r\n\r"), 0))
     return None if match is None else match.span()
 
 

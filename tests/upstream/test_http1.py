@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dockerproxy.upstream.http1 import (
@@ -145,6 +145,13 @@ def test_other_protocols_are_refused(line: bytes) -> None:
 )
 def test_find_head_end(data: bytes, end: tuple[int, int] | None) -> None:
     assert find_head_end(data) == end
+
+
+@given(st.text(alphabet="a\r\n").map(str.encode), st.integers(0, 20))
+@example(b"\r\n\r\n", 3)
+def test_the_end_of_a_head_is_found_in_what_follows_what_was_searched(data: bytes, searched: int) -> None:
+    if find_head_end(data[:searched]) is None:
+        assert find_head_end(data, min(searched, len(data))) == find_head_end(data)
 
 
 @pytest.mark.parametrize(
