@@ -94,7 +94,7 @@ test-clients: .venv/made-test ## run every client of Debian 13 and sid, 10 minut
 	@tools/apt-install docker-registry=docker-registry unshare=util-linux
 	@timeout 30m .venv/bin/python -m tests.clients $(if $(ONLY),--only $(ONLY))
 
-test-fleet-machines: venv ## follow docs/fleet.md on three machines that boot Debian 13, 10 minutes; needs root
+test-fleet-machines: venv ## follow docs/fleet.md on three machines that boot Debian 13, 5 minutes; needs root
 	@rm -rf dist
 	@tools/build-deb dist
 	@timeout 30m tests/deb/fleet dist/docker-registry-proxy_*_all.deb
