@@ -52,7 +52,7 @@ check: .venv/made-test ## check style, types and what the fast tests cover, in l
 	.venv/bin/ruff format --quiet --check
 	.venv/bin/mypy
 	@files=$$(mktemp --directory $(MEMORY)) && trap 'rm -rf "$$files"' EXIT && TMPDIR=$$files \
-	    .venv/bin/python -m pytest -q -rs --numprocesses=auto --hypothesis-profile=fast -m "not slow and not root" \
+	    .venv/bin/python -m pytest -q -rs --numprocesses=3 --hypothesis-profile=fast -m "not slow and not root" \
 	    --ignore=tests/e2e --ignore=tests/hostile --ignore=tests/bench
 
 lint: .venv/made-test ## check style and types

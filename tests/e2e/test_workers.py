@@ -108,6 +108,7 @@ def test_all_processes_serve(daemon: MultiProcessDaemon) -> None:
 
 
 def test_connections_are_balanced(daemon: MultiProcessDaemon) -> None:
+    wait_until(lambda: sum(open_connections(daemon)) == 0, "the connections of other tests are closed")
     with ExitStack() as stack:
         pids = []
         for _ in range(4 * WORKERS):
@@ -517,41 +518,45 @@ def test_tls_session_is_resumed_by_all_processes(
     context = ssl.create_default_context(cafile=str(daemon.ca_file))
     context.maximum_version = version
 
-    def connect_with_session(host: str, session: ssl.SSLSession | None) -> tuple[int, ssl.SSLSession, bool]:
-        """Return the pid of the process, the session, and whether it was resumed."""
+    def connect_with_session(
+        stack: ExitStack, host: str, session: ssl.SSLSession | None
+    ) -> tuple[int, ssl.SSLSession, bool]:
+        """Return the pid of the process, the session, and whether it was resumed. `stack` closes the connection."""
         connection = http.client.HTTPSConnection("127.0.0.1", daemon.port, context=context, timeout=60)
         tcp_socket = socket.create_connection(("127.0.0.1", daemon.port), timeout=60)
+        stack.callback(tcp_socket.close)
         tcp_socket.sendall(f"CONNECT {host}:443 HTTP/1.1\r\nHost: {host}:443\r\n\r\n".encode())
         assert tcp_socket.recv(1000).startswith(b"HTTP/1.1 200 ")
-        with context.wrap_socket(tcp_socket, server_hostname=host, session=session) as connection.sock:
-            assert request_on(connection, "GET", "/v2/").status in (200, 401)
-            pid = daemon.pid_serving(connection)
-            assert pid is not None and connection.sock.session is not None
-            return pid, connection.sock.session, bool(connection.sock.session_reused)
+        connection.sock = stack.enter_context(context.wrap_socket(tcp_socket, server_hostname=host, session=session))
+        assert request_on(connection, "GET", "/v2/").status in (200, 401)
+        pid = daemon.pid_serving(connection)
+        assert pid is not None and connection.sock.session is not None
+        return pid, connection.sock.session, bool(connection.sock.session_reused)
 
-    def connect_to_all(session: ssl.SSLSession | None) -> dict[int, tuple[ssl.SSLSession, bool]]:
-        by_pid: dict[int, tuple[ssl.SSLSession, bool]] = {}
+    def connect_to_all(session: ssl.SSLSession) -> dict[int, bool]:
+        """Return for each process whether the session was resumed. The next connection goes to one with fewer."""
+        by_pid: dict[int, bool] = {}
+        deadline = time.monotonic() + 60
         with ExitStack() as stack:
-            for _ in range(4 * WORKERS):
-                pid, new_session, resumed = connect_with_session(hostname(FAKE), session)
-                by_pid[pid] = new_session, resumed
-                idle_connection = daemon.client.new_connection(FAKE)  # so that the next one gets another process
-                stack.callback(idle_connection.close)
-                daemon.connect_and_get_pid(idle_connection)
+            while len(by_pid) < WORKERS:
+                assert time.monotonic() < deadline, f"only {sorted(by_pid)} have got a connection"
+                pid, _, resumed = connect_with_session(stack, hostname(FAKE), session)
+                by_pid[pid] = resumed
         return by_pid
 
     context.check_hostname = False
-    _, session, resumed = connect_with_session(hostname(FAKE), None)
+    with ExitStack() as stack:
+        _, session, resumed = connect_with_session(stack, hostname(FAKE), None)
     assert not resumed
-    sessions = connect_to_all(session)
-    assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
+    assert list(connect_to_all(session).values()) == [True] * WORKERS
     worker = daemon.serving_pids[1]
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: daemon.output_text.count("worker 1 serves") == 2, "the worker is replaced")
-    sessions = connect_to_all(session)
-    assert worker not in sessions
-    assert [resumed for _, resumed in sessions.values()] == [True] * WORKERS
-    assert not connect_with_session(hostname(HUB), session)[2]
+    resumed_by = connect_to_all(session)
+    assert worker not in resumed_by
+    assert list(resumed_by.values()) == [True] * WORKERS
+    with ExitStack() as stack:
+        assert not connect_with_session(stack, hostname(HUB), session)[2]
 
 
 # stopping
