@@ -371,7 +371,7 @@ class BucketHostedStore:
     async def repositories(self, page: Page) -> NamePage:
         if not page.limit:
             return NamePage([], False)
-        after = "" if page.last is None else keys.catalog_key(page.last.encode("utf-8", "replace").decode())
+        after = "" if page.last is None else keys.catalog_mark(page.last)
         names: list[str] = []
         async for entry in self._bucket.list_keys(keys.CATALOG, after=after, limit=min(page.limit + 1, 1000)):
             name = keys.catalog_name(entry.key)

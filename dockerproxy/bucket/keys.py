@@ -15,10 +15,11 @@ catalog is one of a single directory, also in stores that keep directories.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from dockerproxy.errors import NameInvalid
-from dockerproxy.oci.names import Digest, Repository, parse_repository, parse_tag
+from dockerproxy.oci.names import MAX_REPOSITORY, Digest, Repository, parse_repository, parse_tag
 from dockerproxy.store.layout import Layout, digest_from_names
 
 _ROOT = "bucket"
@@ -27,6 +28,8 @@ LAYOUT = Layout(Path(_ROOT))
 """The paths of a tree in a bucket: its keys with `PATH_PREFIX` before them."""
 
 CATALOG = "dockerproxy/catalog/"
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_IN_ORDER = dict.fromkeys(range(ord("!") + 1), '"') | {ord("/"): "!"}
 TAKEN_OVER = "dockerproxy/taken-over"
 PROBES = "dockerproxy/probe/"
 DAMAGED = "dockerproxy/damaged/"
@@ -127,6 +130,15 @@ def own_prefix(repository: str) -> str:
 def catalog_key(repository: str) -> str:
     """Return the key that puts a repository into the catalog."""
     return f"{CATALOG}{repository.replace('/', '!')}"
+
+
+def catalog_mark(last: str) -> str:
+    """Return the key after which the repositories are that come after `last`, which may be any text.
+
+    "!", for the separator, comes before all characters of names, so that names are in order component by component.
+    Other characters before these, which only `last` may have, come behind the separator. The key is short ASCII.
+    """
+    return CATALOG + _NOT_ASCII.sub("~", last[: MAX_REPOSITORY + 1]).translate(_IN_ORDER)
 
 
 def indexed_key(repository: str) -> str:

@@ -24,7 +24,7 @@ Tag = NewType("Tag", str)
 # distribution-spec 1.1, "Pulling manifests": the grammar of <name> and of a tag as <reference>.
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
-_MAX_REPOSITORY = 255  # what distribution and Docker Hub accept
+MAX_REPOSITORY = 255  # characters, what distribution and Docker Hub accept
 
 # image-spec 1.1, "Registered Algorithms".
 ALGORITHMS = {"sha256": 64, "sha512": 128}
@@ -45,7 +45,7 @@ _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 def parse_repository(text: str) -> Repository:
     """Return `text` as a repository name, or raise `NameInvalid`."""
-    if len(text) > _MAX_REPOSITORY or not _REPOSITORY.fullmatch(text):
+    if len(text) > MAX_REPOSITORY or not _REPOSITORY.fullmatch(text):
         raise NameInvalid(f"{text[:300]!r} is not a repository name")
     return Repository(text)
 
