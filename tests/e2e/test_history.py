@@ -122,6 +122,8 @@ def test_pulls_of_all_processes_are_listed(upstreams: Upstreams, daemon: MultiPr
     assert listed["pulls"] == WORKERS
     files = [daemon.state_folder / "history" / "pulls.jsonl", *(daemon.state_folder / "history").glob("pulls-*.json")]
     assert len(files) == 2 and {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    total, clients, public = json.loads(files[1].read_bytes())["repositories"]["fake.test/history/app"]
+    assert (total, clients, public) == (WORKERS, ["127.0.0.1"], WORKERS), "everybody may read it, and see the number"
     upstreams.fake.put("history/app", "2", images.build_small_image("history"))
     unknown = daemon.run_cli("why", "no-such.example/app")
     assert (unknown.returncode, "no such repository" in unknown.stderr) == (4, True)
