@@ -118,7 +118,7 @@ def find_public_pulls(state: StateDirectory) -> Callable[[str, str], bool]:
 
 
 async def find_notices(doctor: Doctor, metrics: Metrics, viewer: Viewer) -> list[Document]:
-    """Return what is wrong, as far as the viewer may know it, for the overview."""
+    """Return what the overview says is wrong, as far as the viewer may know it."""
     report = await doctor.report(True)
     findings = report["findings"] if viewer.is_admin else public_report(report, metrics.registries)["findings"]
     return [

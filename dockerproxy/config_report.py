@@ -1,4 +1,4 @@
-"""The settings in force and their sources, for people. Secrets are shown as ``***``."""
+"""The settings in force and their sources, as people read them. Secrets are shown as ``***``."""
 
 from __future__ import annotations
 

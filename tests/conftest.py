@@ -1,4 +1,4 @@
-"""The fixture `connect_client`: an HTTP client on a connection in memory, for tests of several packages."""
+"""The fixture `connect_client`: an HTTP client on a connection in memory. Tests of several packages use it."""
 
 from __future__ import annotations
 

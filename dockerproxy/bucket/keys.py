@@ -135,7 +135,7 @@ def catalog_key(repository: str) -> str:
 def catalog_mark(last: str) -> str:
     """Return the key after which the repositories are that come after `last`, which may be any text.
 
-    "!", for the separator, comes before all characters of names, so that names are in order component by component.
+    "!" is in place of the separator and before all characters of names, so names are in order component by component.
     Other characters before these, which only `last` may have, come behind the separator. The key is short ASCII.
     """
     return CATALOG + _NOT_ASCII.sub("~", last[: MAX_REPOSITORY + 1]).translate(_IN_ORDER)

@@ -154,7 +154,10 @@ class RateLimits:
     """
 
     def __init__(
-        self, records: Records, clock: Callable[[], float], on_refused: Callable[[Registry], object] = bool
+        self,
+        records: Records,
+        clock: Callable[[], float],
+        on_refused: Callable[[Registry], object] = lambda registry: None,
     ) -> None:
         self._records = records
         self._clock = clock

@@ -381,7 +381,7 @@ def _is_within(name: str, entry: str) -> bool:
 
 
 def check_constraints(constraints: Iterable[NameConstraints], names: Iterable[str]) -> Iterator[Diagnosis]:
-    """Return the `names` of registries, and of this server, for which the CA may not sign."""
+    """Return those of `names`, of registries and this server, that the CA may not sign."""
     constraints = list(constraints)
     missing = [name for name in dict.fromkeys(names) if not all(entry.permits(name) for entry in constraints)]
     if missing:

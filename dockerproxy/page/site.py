@@ -69,7 +69,7 @@ Act = Callable[[Principal, str, str, str], Awaitable[str]]
 
 
 ReadHistory = Callable[[str, str], Awaitable[list[Document]]]
-"""Returns the last requests for a repository of a store, for administrators."""
+"""Returns the last requests for a repository of a store, which administrators see."""
 
 
 @define(eq=False)

@@ -74,7 +74,7 @@ class Issuer:
 
 @frozen
 class IssuerFiles:
-    """The two files, and the settings that name them, for error messages."""
+    """The two files, and the settings that name them in error messages."""
 
     certificate: Path
     certificate_setting: str

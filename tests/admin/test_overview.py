@@ -707,7 +707,7 @@ def test_the_place_of_private_content_is_not_told(world: World) -> None:
     part.add(name, Digest.of(b"new"), 3, private=True)
     assert places(world, ADMIN) == {name: (SECRET, 1, 1, None)}
     assert places(world, ANONYMOUS) == {"a private image of ghcr.io": (None, None, None, None)}
-    # A name that only a login saw, for content that everybody may read.
+    # A name that only a login saw of content that everybody may read.
     world.cache.links.remove_tag(name, "old")
     world.cache.links.set_tag(name, f"{SECRET}2", old.digest)
     world.note_tag(name, f"{SECRET}2", old, public=False)

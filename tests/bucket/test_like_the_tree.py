@@ -10,8 +10,6 @@ from typing import Any
 from attrs import define, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
 
 from dockerproxy.errors import RegistryError
 from dockerproxy.oci.names import Digest, Repository, parse_repository, parse_tag
@@ -20,6 +18,7 @@ from dockerproxy.registry.hosted_store import HostedStore
 from dockerproxy.store.disk_access import LocalDisk
 from dockerproxy.store.hosted_tree import HostedTree
 from dockerproxy.store.layout import Layout
+from tests.bucket.support.trees import run
 from tests.bucket.test_bucket_hosted_store import make_node
 from tests.cache.support.reactor import ManualReactor
 from tests.registry.support.hosted_store_suite import make_image, read_all
@@ -48,7 +47,7 @@ class Both:
 
     local: HostedStore
     bucket: HostedStore
-    reactor: ManualReactor
+    fake: FakeStore
     manifests: list[tuple[Repository, Digest]] = field(factory=list)
 
     def ask(self, question: Question) -> Any:
@@ -58,20 +57,10 @@ class Both:
         return answers[0]
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        results: list[Any] = []
-        Deferred.fromCoroutine(coroutine).addBoth(results.append)
-        for _ in range(10_000):
-            if results:
-                break
-            self.reactor.run_due_calls()
-            if not results:
-                self.reactor.advance(0.01)
-        (result,) = results
-        if isinstance(result, Failure):
-            if isinstance(result.value, RegistryError):
-                return type(result.value)
-            result.raiseException()
-        return result
+        try:
+            return run(self.fake, coroutine)
+        except RegistryError as error:
+            return type(error)
 
 
 async def push_blob(store: HostedStore, repository: Repository, content: bytes) -> None:
@@ -164,7 +153,7 @@ def test_the_same_answers(data: st.DataObject) -> None:
         root.mkdir()
         tree = HostedTree.from_layout(Layout(root))
         local = make_hosted_store(synchronous, tree, LocalDisk(synchronous))
-        actions = Actions(data.draw, Both(local, make_node(Path(folder, "node"), fake).store, reactor))
+        actions = Actions(data.draw, Both(local, make_node(Path(folder, "node"), fake).store, fake))
         for _ in range(data.draw(st.integers(1, 12))):
             data.draw(st.sampled_from([actions.push, actions.push, actions.remove, actions.page]))()
             reactor.advance(61)  # a bucket knows for a minute that a repository was there

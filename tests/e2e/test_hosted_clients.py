@@ -184,7 +184,7 @@ assert client.get_tags(f"{name}:1") == ["1"]
 def test_oras_with_a_chart_and_its_signature(
     daemon: RegistryDaemon, private_daemon: RegistryDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: bool
 ) -> None:
-    pytest.importorskip("oras")
+    pytest.importorskip("oras", reason="oras is not installed (PyPI)")
     target_daemon, access = (private_daemon, "login") if login else (daemon, "open")
     (tmp_path / "chart.tgz").write_bytes(images.random_bytes(200_000, "chart"))
     (tmp_path / "signature.txt").write_bytes(images.random_bytes(5000, "signature"))
@@ -197,7 +197,7 @@ def test_oras_with_a_chart_and_its_signature(
 
 @pytest.mark.parametrize("login", [False, True], ids=["open", "login"])
 def test_dxf(daemon: RegistryDaemon, private_daemon: RegistryDaemon, tmp_path: Path, login: bool) -> None:
-    pytest.importorskip("dxf")
+    pytest.importorskip("dxf", reason="python-dxf is not installed (PyPI)")
     target_daemon = private_daemon if login else daemon
     data = images.random_bytes(300_000, "dxf")
     (tmp_path / "data").write_bytes(data)

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,18 +79,27 @@ class Times:
         return self._fault(exchange)
 
 
+@contextmanager
+def running_behind_front(
+    seaweedfs: SeaweedFS, bucket: str, folder: Path, read_timeout: str
+) -> Iterator[tuple[StoreFront, RegistryDaemon]]:
+    """Run a daemon whose store is `bucket` behind a front with faults."""
+    front = StoreFront(seaweedfs)
+    front.start()
+    settings = seaweedfs.settings(seaweedfs.make_bucket(bucket))
+    settings["REGISTRY_STORE"] = settings["REGISTRY_STORE"].replace(f":{seaweedfs.port}", f":{front.port}")
+    daemon = RegistryDaemon(folder, {**settings, "PROXY_READ_TIMEOUT": read_timeout, "WORKERS": "1"})
+    with daemon.run_and_check_log(lambda: [SECRET_KEY]):
+        yield front, daemon
+    front.stop()
+
+
 @pytest.fixture(scope="module")
 def _shared(
     seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[StoreFront, RegistryDaemon]]:
-    front = StoreFront(seaweedfs)
-    front.start()
-    settings = seaweedfs.settings(seaweedfs.make_bucket("bad-days"))
-    settings["REGISTRY_STORE"] = settings["REGISTRY_STORE"].replace(f":{seaweedfs.port}", f":{front.port}")
-    daemon = RegistryDaemon(tmp_path_factory.mktemp("daemon"), {**settings, "PROXY_READ_TIMEOUT": "4s", "WORKERS": "1"})
-    with daemon.run_and_check_log(lambda: [SECRET_KEY]):
-        yield front, daemon
-    front.stop()
+    with running_behind_front(seaweedfs, "bad-days", tmp_path_factory.mktemp("daemon"), "4s") as both:
+        yield both
 
 
 @pytest.fixture

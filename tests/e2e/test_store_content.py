@@ -5,17 +5,15 @@ from __future__ import annotations
 import gzip
 import http.client
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness import images
 from tests.e2e.harness.http_client import request_directly
 from tests.e2e.harness.http_server import HTTPExchange
-from tests.e2e.harness.object_store import SECRET_KEY
 from tests.e2e.harness.registry_daemon import RegistryDaemon
 from tests.e2e.harness.seaweedfs import SeaweedFS
-from tests.e2e.test_store_bad_days import StoreFront, Times, push_blob, refuse
+from tests.e2e.test_store_bad_days import StoreFront, Times, push_blob, refuse, running_behind_front
 
 SIZE = 300_000  # more than is read as a whole before a response starts
 
@@ -88,15 +86,8 @@ WRONG: dict[str, Answer] = {
 def place(
     seaweedfs: SeaweedFS, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[StoreFront, RegistryDaemon]]:
-    front = StoreFront(seaweedfs)
-    front.start()
-    settings = seaweedfs.settings(seaweedfs.make_bucket("odd-content"))
-    settings["REGISTRY_STORE"] = settings["REGISTRY_STORE"].replace(f":{seaweedfs.port}", f":{front.port}")
-    folder: Path = tmp_path_factory.mktemp("daemon")
-    daemon = RegistryDaemon(folder, {**settings, "PROXY_READ_TIMEOUT": "5s", "WORKERS": "1"})
-    with daemon.run_and_check_log(lambda: [SECRET_KEY]):
-        yield front, daemon
-    front.stop()
+    with running_behind_front(seaweedfs, "odd-content", tmp_path_factory.mktemp("daemon"), "5s") as both:
+        yield both
 
 
 def get_blob(place: tuple[StoreFront, RegistryDaemon], data: bytes, answer: Answer | None) -> tuple[int, bytes]:

@@ -134,7 +134,7 @@ class TwistdDaemon(BackgroundProcess):
         return {**dict.fromkeys(names, self.url), "SSL_CERT_FILE": str(self.ca_file)}
 
     def log_offset(self) -> int:
-        """Return the current end of the log, for `access_log`."""
+        """Return the current end of the log; `access_log` takes it."""
         return len(self.output_text)
 
     def access_log(self, offset: int = 0) -> list[AccessLogEntry]:
