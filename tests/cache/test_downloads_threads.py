@@ -87,16 +87,20 @@ class DownloadsTests(TestCase):
     async def read_concurrently(self, harness: CacheHarness, readers: int) -> None:
         """Run many readers at random times. Some disconnect during a read or while waiting."""
         reading: list[Deferred[Any]] = []
+        timers = []
         for number in range(readers):
             digest = self.random.choice(list(self.blobs))
             deferred = Deferred.fromCoroutine(self.read(harness, digest, number % 5 == 0))
             if number % 7 == 0:
-                reactor.callLater(self.random.random() / 50, deferred.cancel)
+                timers.append(reactor.callLater(self.random.random() / 50, deferred.cancel))
                 deferred.addErrback(lambda _: None)
             reading.append(deferred)
             if self.random.random() < 0.3:
                 await deferLater(reactor, 0.002)
         await gatherResults(reading, consumeErrors=True)
+        for timer in timers:
+            if timer.active():  # its reader was faster
+                timer.cancel()
         # The last readers disconnect a little later, and what their threads still do ends after that.
         while harness.downloads._downloads or harness.space.index._pins or harness.open_files:
             await deferLater(reactor, 0.01)
